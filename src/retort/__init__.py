@@ -1,0 +1,1 @@
+"""Retort: distil a language model into a small student, and serve either one faster."""

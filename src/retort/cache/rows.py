@@ -1,0 +1,147 @@
+"""The contract every cache keeps: each row has its own clock and can be rewound on its own.
+
+A *row* is one sequence. A packed pass feeds new tokens of several rows as one sequence
+``[1, total]``; the layout of the pass is a `PackedRows`. The life of a pass:
+
+    layout = cache.begin(rows, counts)     # reserves space, publishes `cache.layout`
+    model(input_ids=ids, position_ids=layout.position_ids(device), past_key_values=cache, ...)
+    cache.end()                            # every row's length advances by its count
+    cache.rewind(row, length)              # no model forward; draft tokens fall away
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from retort.errors import ConfigurationError, RewindError
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Layout of one packed pass: row ``rows[i]`` brings ``counts[i]`` tokens after ``starts[i]``.
+
+    The tokens of row ``rows[i]`` lie at ``offsets[i] : offsets[i + 1]`` of the packed sequence.
+    """
+
+    rows: tuple[int, ...]
+    counts: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Cumulative counts, ``len(rows) + 1`` numbers starting at 0."""
+        return tuple(accumulate(self.counts, initial=0))
+
+    @property
+    def total(self) -> int:
+        """Number of tokens in the pass, Σ counts."""
+        return self.offsets[-1]
+
+    def position_ids(self, device: torch.device | str = "cpu") -> Tensor:
+        """Positions of the packed tokens in their own rows, int64 ``[1, total]``."""
+        spans = [range(s, s + c) for s, c in zip(self.starts, self.counts, strict=True)]
+        return torch.tensor([[p for span in spans for p in span]], device=device)
+
+    def last_indices(self, keep: Sequence[int]) -> list[int]:
+        """Packed indices of the last ``keep[i]`` tokens of each row, in row order."""
+        ends = self.offsets[1:]
+        return [p for end, k in zip(ends, keep, strict=True) for p in range(end - k, end)]
+
+
+class RowCache(ABC):
+    """Per-row lengths, append at each row's own end, rewind per row without a model forward."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, int] = {}
+        self.layout: PackedRows | None = None
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Ids of the live rows, ascending."""
+        return tuple(sorted(self._lengths))
+
+    def length(self, row: int) -> int:
+        """Number of tokens that ``row`` holds."""
+        self._require(row)
+        return self._lengths[row]
+
+    def add_row(self) -> int:
+        """Open an empty row and return its id, the lowest that is free."""
+        row = next(i for i in range(len(self._lengths) + 1) if i not in self._lengths)
+        self._lengths[row] = 0
+        self._open(row)
+        return row
+
+    def free_row(self, row: int) -> None:
+        """Retire ``row``: its storage may be recycled, none of it may surface again."""
+        self._require(row)
+        del self._lengths[row]
+        self._close(row)
+
+    def begin(self, rows: Sequence[int], counts: Sequence[int]) -> PackedRows:
+        """Reserve room for ``counts[i]`` new tokens of ``rows[i]`` and publish the layout."""
+        if len(set(rows)) != len(rows) or len(rows) != len(counts) or min(counts, default=1) < 1:
+            raise ConfigurationError(
+                f"a pass needs distinct rows, each with at least one token: {rows=}, {counts=}"
+            )
+        starts = tuple(self.length(row) for row in rows)
+        self.layout = PackedRows(tuple(rows), tuple(counts), starts)
+        self._reserve(self.layout)
+        return self.layout
+
+    def end(self) -> None:
+        """Close the pass: each row of the layout has grown by its count."""
+        if self.layout is None:
+            raise ConfigurationError("end() without begin()")
+        for row, start, count in zip(
+            self.layout.rows, self.layout.starts, self.layout.counts, strict=True
+        ):
+            self._lengths[row] = start + count
+        self.layout = None
+
+    def cancel(self) -> None:
+        """Drop a pass that failed: lengths stay, what it wrote beyond them is never read."""
+        self.layout = None
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget every token of ``row`` from position ``length`` on.
+
+        Raises:
+            RewindError: ``length`` lies beyond the row's end, below 0, or before the earliest
+                position that the cache can still reach (see `earliest`).
+        """
+        current, earliest = self.length(row), self.earliest(row)
+        if not earliest <= length <= current:
+            raise RewindError(
+                f"row {row} cannot be rewound to length {length}: it holds {current} tokens "
+                f"and its earliest reachable length is {earliest}"
+            )
+        self._rewind(row, length)
+        self._lengths[row] = length
+
+    def earliest(self, row: int) -> int:
+        """The smallest length to which ``row`` can be rewound (0 for attention)."""
+        return 0
+
+    def _require(self, row: int) -> None:
+        if row not in self._lengths:
+            raise ConfigurationError(f"no row {row}; live rows are {list(self.rows)}")
+
+    @abstractmethod
+    def _open(self, row: int) -> None: ...
+
+    @abstractmethod
+    def _close(self, row: int) -> None: ...
+
+    @abstractmethod
+    def _reserve(self, layout: PackedRows) -> None: ...
+
+    @abstractmethod
+    def _rewind(self, row: int, length: int) -> None: ...
