@@ -1,0 +1,58 @@
+"""Generate the texts to be judged, on the engine that users call, and count what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Texts and token ids in the order of the prompts, and totals over all of them.
+
+    ``row_steps`` sums the steps of every row, ``seconds`` is wall time of the whole call.
+    """
+
+    texts: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    seconds: float
+    row_steps: int
+    draft_tokens: int
+    accepted_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated, over all rows."""
+        return sum(len(ids) for ids in self.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens of all rows per second of wall time."""
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Mean tokens that one row gained in one step; None if there was no step."""
+        return self.tokens / self.row_steps if self.row_steps else None
+
+    @property
+    def mean_draft_length(self) -> float | None:
+        """Mean drafts that one row was given in one step; None if there was no step."""
+        return self.draft_tokens / self.row_steps if self.row_steps else None
+
+
+def generate_texts(engine: Any, prompts: Sequence[Any], **sampling: Any) -> Generation:
+    """Run ``engine.generate(prompts, **sampling)`` (a `retort.Engine`) and gather its results."""
+    start = time.perf_counter()
+    outputs = engine.generate(list(prompts), **sampling)
+    seconds = time.perf_counter() - start
+    return Generation(
+        texts=tuple(out.text for out in outputs),
+        token_ids=tuple(tuple(out.token_ids) for out in outputs),
+        seconds=seconds,
+        row_steps=sum(out.stats.steps for out in outputs),
+        draft_tokens=sum(out.stats.draft_tokens for out in outputs),
+        accepted_tokens=sum(out.stats.accepted_tokens for out in outputs),
+    )
