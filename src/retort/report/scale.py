@@ -1,0 +1,77 @@
+"""Axes: round tick values, a linear scale from data to pixels, and numbers as text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from retort.report.html import NOT_MEASURED
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Linear map from ``[low, high]`` to ``[start, end]`` pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """Pixel of a value, rounded to a tenth so that pages stay small."""
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About ``count`` round values (1, 2, 2.5 or 5 times a power of ten) inside ``[low, high]``."""
+    if not high > low:
+        return [low]
+    step = _round_step((high - low) / max(1, count - 1))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.10g}") for i in range(first, last + 1)]
+
+
+def widen(low: float, high: float, count: int = 5) -> tuple[float, float]:
+    """The range grown to whole ticks, so that no line touches the frame; a flat one gets room."""
+    if high <= low:
+        room = abs(low) * 0.1 or 1.0
+        low, high = low - room, high + room
+    step = _round_step((high - low) / max(1, count - 1))
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+
+
+def number(value: float | int | None, digits: int = 3) -> str:
+    """A number for people: ``digits`` significant digits, thousands apart, None as not measured."""
+    if value is None:
+        return NOT_MEASURED
+    if not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) or (value == round(value) and abs(value) >= 10 ** (digits - 1)):
+        return f"{round(value):,}"
+    size = abs(value)
+    if value and (size < 1e-3 or size >= 1e7):
+        return f"{value:.{digits - 1}e}"
+    decimals = 0 if size >= 10 ** (digits - 1) else digits - 1 - _magnitude(size)
+    return f"{value:,.{max(0, decimals)}f}"
+
+
+def tick_text(value: float) -> str:
+    """A tick's label: as short as the value allows."""
+    if value and not 1e-3 <= abs(value) < 1e7:
+        return f"{value:.3g}"
+    return f"{value:,.10g}"
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as per cent; None as not measured."""
+    return NOT_MEASURED if share is None else f"{100 * share:.1f} %"
+
+
+def _magnitude(size: float) -> int:
+    return math.floor(math.log10(size)) if size >= 1 else 0
+
+
+def _round_step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9)) * power
