@@ -1,0 +1,495 @@
+"""DenseRetNet: a retention network whose layers see the keys and values of earlier layers.
+
+One gated retention block a layer (DenseSSM, arXiv 2403.00818, section 3; RetNet,
+arXiv 2307.08621), optionally followed by a gated MLP for students cut from a transformer
+[ours]. Shapes: B rows, T tokens, H heads; a packed pass is ``[1, total]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.output_capturing import capture_outputs
+
+from retort.cache.recurrent import Feed
+from retort.cache.retention import RetentionRowCache, RetentionShape, Tape
+from retort.errors import ConfigurationError
+from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
+from retort.ops.clock import Clock
+from retort.ops.retention import (
+    chunkwise_retention,
+    log_decay,
+    normaliser,
+    parallel_retention,
+    recurrent_retention,
+    rotary_tables,
+    rotate,
+)
+
+logger = logging.get_logger(__name__)
+
+Form = Literal["chunkwise", "parallel", "recurrent", "clamped"]
+
+
+@strict
+class DenseRetNetConfig(PreTrainedConfig):
+    """Configuration of DenseRetNet; the defaults are the authors' 350M model.
+
+    Attributes:
+        query_key_dim: width of queries and keys over all heads; half of hidden_size if None.
+        v_factor: values are hidden_size · v_factor wide.
+        dense_block_layers: the window m; 0 is RetNet.
+        intermediate_k_select_scale: the gate of k is hidden_size // this wide inside.
+        intermediate_v_select_scale: the same for v.
+        dense_norms: at m = 0, still norm k and v from layer 1 on, as dense layers do (the
+            control of every experiment).
+        mlp_intermediate_size: when above 0, a gated SiLU MLP with its own norm follows each
+            retention block.
+        retention_form: how passes without a cache compute; "clamped" is the authors' parallel
+            mode, for comparison only.
+        chunk_size: tokens in a chunk of the chunkwise form.
+        initializer_range: standard deviation of initial weights.
+    """
+
+    model_type = "dense_retnet"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 32001
+    hidden_size: int = 1536
+    query_key_dim: int | None = None
+    num_attention_heads: int = 2
+    num_hidden_layers: int = 16
+    v_factor: int = 2
+    dense_block_layers: int = 2
+    intermediate_k_select_scale: int = 8
+    intermediate_v_select_scale: int = 32
+    dense_norms: bool = False
+    mlp_intermediate_size: int = 0
+    rms_norm_eps: float = 1e-6
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+    retention_form: str = "chunkwise"
+    chunk_size: int = 64
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in the default width of keys and check every size."""
+        if self.query_key_dim is None:
+            self.query_key_dim = self.hidden_size // 2
+        super().__post_init__(**kwargs)
+        for wrong, message in self._faults():
+            if wrong:
+                raise ConfigurationError(message)
+
+    @property
+    def value_dim(self) -> int:
+        """Width of the values over all heads."""
+        return self.hidden_size * self.v_factor
+
+    @property
+    def key_dim(self) -> int:
+        """Width of queries and keys over all heads."""
+        return self.query_key_dim or 0
+
+    def _faults(self) -> list[tuple[bool, str]]:
+        heads, gates = self.num_attention_heads, []
+        for name in ("intermediate_k_select_scale", "intermediate_v_select_scale"):
+            scale = getattr(self, name)
+            fits = 1 <= scale <= self.hidden_size
+            gates.append(
+                (not fits, f"{name}={scale} must lie in 1..hidden_size={self.hidden_size}")
+            )
+        return [
+            (heads < 1, f"num_attention_heads={heads} must be at least 1"),
+            (
+                self.num_hidden_layers < 1,
+                f"num_hidden_layers={self.num_hidden_layers} must be at least 1",
+            ),
+            (
+                bool(self.key_dim % max(heads, 1) or self.value_dim % max(heads, 1)),
+                f"num_attention_heads={heads} does not divide query_key_dim={self.key_dim} and "
+                f"hidden_size * v_factor={self.value_dim}",
+            ),
+            (
+                self.key_dim // max(heads, 1) % 2 == 1 or self.key_dim < 2,
+                f"query_key_dim / num_attention_heads = {self.key_dim // max(heads, 1)} is odd or "
+                "too small: rotary needs pairs",
+            ),
+            (
+                self.dense_block_layers < 0,
+                f"dense_block_layers={self.dense_block_layers} must be 0 (plain RetNet) or more",
+            ),
+            (
+                self.mlp_intermediate_size < 0,
+                f"mlp_intermediate_size={self.mlp_intermediate_size} < 0",
+            ),
+            (self.chunk_size < 1, f"chunk_size={self.chunk_size} must be at least 1"),
+            (
+                self.retention_form not in Form.__args__,  # type: ignore[attr-defined]
+                f"retention_form={self.retention_form!r} is none of {Form.__args__}",  # type: ignore[attr-defined]
+            ),
+            *gates,
+        ]
+
+
+@dataclass(frozen=True)
+class RetentionPass:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        cos, sin: rotary tables ``[B, T, d_k/2]``.
+        root: √S_n ``[B, T, H, 1]``.
+        mix: (layer, q, k, v) → Y, each ``[B, T, H, d]``.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    root: Tensor
+    mix: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class DenseRetention(nn.Module):
+    """Gated retention with fused keys and values (DenseSSM, section 3.2)."""
+
+    def __init__(self, config: DenseRetNetConfig, layer_idx: int) -> None:
+        super().__init__()
+        hidden, keys, values = config.hidden_size, config.key_dim, config.value_dim
+        self.layer_idx, self.heads = layer_idx, config.num_attention_heads
+        self.scale = (keys // self.heads) ** -0.5
+        self.q_proj = nn.Linear(hidden, keys, bias=False)
+        self.k_proj = nn.Linear(hidden, keys, bias=False)
+        self.vg_proj = nn.Linear(hidden, 2 * values, bias=False)
+        self.o_proj = nn.Linear(values, hidden, bias=False)
+        self.group_norm = RMSNorm(values // self.heads, config.rms_norm_eps)
+        self.dense = layer_idx > 0 and config.dense_block_layers > 0
+        self.normed = self.dense or (layer_idx > 0 and config.dense_norms)
+        if self.dense:
+            k_gate = hidden // config.intermediate_k_select_scale
+            v_gate = hidden // config.intermediate_v_select_scale
+            self.k_select = HiddenFusion(hidden, keys, k_gate)
+            self.v_select = HiddenFusion(hidden, values, v_gate)
+        if self.normed:
+            self.k_norm = RMSNorm(keys, config.rms_norm_eps)
+            self.v_norm = RMSNorm(values, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, step: RetentionPass, *earlier: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One retention block without its residual.
+
+        Args:
+            x: normed input ``[B, T, hidden]``.
+            step: the pass.
+            *earlier: keys, then values, of the layers in the window.
+
+        Returns:
+            Output ``[B, T, hidden]`` and this layer's features: its keys and values before
+            fusion, norm and rotary.
+        """
+        k = F.silu(self.k_proj(x)) * self.scale
+        v, g = F.silu(self.vg_proj(x)).chunk(2, -1)
+        fused_k, fused_v = self._fused(x, k, v, earlier)
+        q, fused_k, fused_v = (
+            t.unflatten(-1, (self.heads, -1)).to(step.cos.dtype)
+            for t in (F.silu(self.q_proj(x)), fused_k, fused_v)
+        )
+        q, fused_k = (rotate(t, step.cos, step.sin) for t in (q, fused_k))
+        y = step.mix(self.layer_idx, q, fused_k, fused_v) / step.root
+        y = self.group_norm(y).to(x.dtype).flatten(-2)
+        return self.o_proj(y * g), k, v
+
+    def _fused(
+        self, x: Tensor, k: Tensor, v: Tensor, earlier: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        if self.dense:
+            half = len(earlier) // 2
+            k, v = self.k_select(x, k, earlier[:half]), self.v_select(x, v, earlier[half:])
+        if self.normed:
+            k, v = self.k_norm(k), self.v_norm(v)
+        return k, v
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate x) ⊙ up x), with the names of Llama's MLP so that its weights fit."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., hidden]`` to ``[..., hidden]``."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DenseRetNetLayer(GradientCheckpointingLayer):
+    """Norm, retention, residual; and norm, MLP, residual where the configuration has one."""
+
+    def __init__(self, config: DenseRetNetConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DenseRetention(config, layer_idx)
+        self.dropout = config.dropout
+        self.mlp: GatedMLP | None = None
+        if config.mlp_intermediate_size:
+            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = GatedMLP(config.hidden_size, config.mlp_intermediate_size)
+
+    def forward(
+        self, hidden_states: Tensor, step: RetentionPass, *earlier: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Next hidden states ``[B, T, hidden]`` and this layer's two features."""
+        out, k, v = self.self_attn(self.input_layernorm(hidden_states), step, *earlier)
+        hidden_states = hidden_states + F.dropout(out, self.dropout, self.training)
+        if self.mlp is not None:
+            out = self.mlp(self.post_attention_layernorm(hidden_states))
+            hidden_states = hidden_states + F.dropout(out, self.dropout, self.training)
+        return hidden_states, k, v
+
+
+class DenseRetNetPreTrainedModel(PreTrainedModel):
+    """Weights, caches and transformers' switches shared by the models below."""
+
+    config: DenseRetNetConfig
+    config_class = DenseRetNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DenseRetNetLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": DenseRetNetLayer}  # noqa: RUF012
+
+    @property
+    def retention_shape(self) -> RetentionShape:
+        """Sizes of the states that a cache of this model holds."""
+        c = self.config
+        heads = c.num_attention_heads
+        return RetentionShape(c.num_hidden_layers, heads, c.key_dim // heads, c.value_dim // heads)
+
+    def new_row_cache(self, tape: Tape = "draft", max_draft: int = 16) -> RetentionRowCache:
+        """An empty cache for this model, for packed passes or as `past_key_values`.
+
+        Args:
+            tape: "draft" can be rewound by ``max_draft`` tokens at least, "completion" to any
+                length.
+            max_draft: see ``tape``.
+        """
+        return RetentionRowCache(self.retention_shape, self.dtype, self.device, tape, max_draft)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ConfigurationError(
+                f"cache_implementation={generation_config.cache_implementation!r}: DenseRetNet has "
+                "one kind of cache, leave it unset"
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_row_cache()
+
+
+class DenseRetNetModel(DenseRetNetPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: DenseRetNetConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            DenseRetNetLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RetentionRowCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: ``[B, T]``, or ``[1, total]`` inside begin/end of a cache.
+            attention_mask: ``[B, T]``, with a cache also ``[B, past + T]``; 0 at padding, which
+                may stand anywhere.
+            position_ids: without a cache, a real token at position 0 starts a packed sequence;
+                else unused, since a position is the number of real tokens before.
+            past_key_values: from `new_row_cache` or an earlier output.
+            inputs_embeds: ``[B, T, hidden]`` instead of ids.
+            use_cache: by default the configuration's, but never while training.
+            **kwargs: ``cu_seq_lens_q`` marks packed sequences too; others are ignored.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigurationError("give input_ids or inputs_embeds, one of the two")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ConfigurationError(
+                f"attention_mask must be [batch, tokens], it is {list(attention_mask.shape)}"
+            )
+        cache = self._cache(past_key_values, use_cache)
+        starts = _sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), hidden.shape[1])
+        with self._pass(hidden, attention_mask, starts, cache) as step:
+            hidden = self._run_layers(hidden, step)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
+
+    def _run_layers(self, hidden: Tensor, step: RetentionPass) -> Tensor:
+        window = FeatureWindow(self.config.dense_block_layers)
+        for layer in self.layers:
+            hidden, k, v = layer(hidden, step, *window.flat())
+            window.push(k, v)
+        return hidden
+
+    def _cache(
+        self, cache: RetentionRowCache | None, use_cache: bool | None
+    ) -> RetentionRowCache | None:
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.training and self.gradient_checkpointing and (use_cache or cache is not None):
+            logger.warning_once("gradient checkpointing runs layers twice: no cache is used")
+            return None
+        if cache is None:
+            return self.new_row_cache() if use_cache else None
+        shape = getattr(cache, "shape", None)
+        if not isinstance(cache, RetentionRowCache) or shape != self.retention_shape:
+            raise ConfigurationError(
+                f"past_key_values is {type(cache).__name__} with {shape}; this model needs "
+                f"{self.retention_shape}: use model.new_row_cache()"
+            )
+        return cache
+
+    @contextmanager
+    def _pass(
+        self, x: Tensor, mask: Tensor | None, starts: Tensor | None, cache: RetentionRowCache | None
+    ) -> Iterator[RetentionPass]:
+        shape = x.shape[:2]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        decay = log_decay(self.config.num_attention_heads, dtype, x.device)
+        if cache is None:
+            real = None if mask is None else mask.to(x.device, torch.bool)
+            clock = Clock.of(real, starts, shape, x.device)
+            yield self._step(clock.positions, decay, self._uncached(decay, clock))
+            return
+        with cache.feed(shape, mask) as feed:
+            yield self._step(feed.positions, decay, _cached(cache, feed))
+
+    def _step(self, positions: Tensor, decay: Tensor, mix: Callable) -> RetentionPass:
+        cos, sin = rotary_tables(positions, self.retention_shape.key_dim, decay.dtype)
+        return RetentionPass(cos, sin, normaliser(positions + 1, decay).unsqueeze(-1), mix)
+
+    def _uncached(self, decay: Tensor, clock: Clock) -> Callable:
+        form, size = self.config.retention_form, self.config.chunk_size
+
+        def mix(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if form == "chunkwise":
+                return chunkwise_retention(q, k, v, decay, clock, size)
+            if form == "recurrent":
+                return recurrent_retention(q, k, v, decay, clock)
+            return parallel_retention(q, k, v, decay, clock, clamp=form == "clamped")
+
+        return mix
+
+
+def _cached(cache: RetentionRowCache, feed: Feed) -> Callable:
+    def mix(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return feed.unpack(cache.retention(layer, *(feed.pack(x) for x in (q, k, v))))
+
+    return mix
+
+
+def _sequence_starts(
+    position_ids: Tensor | None, bounds: Tensor | None, width: int
+) -> Tensor | None:
+    """Where packed sequences start, bool ``[B or 1, T]``; None for one sequence a row."""
+    if bounds is not None:
+        starts = torch.zeros(1, width, dtype=torch.bool, device=bounds.device)
+        starts[0, bounds[bounds < width].long()] = True
+        return starts
+    return None if position_ids is None else position_ids == 0
+
+
+class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, GenerationMixin):
+    """DenseRetNet with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DenseRetNetConfig) -> None:
+        super().__init__(config)
+        self.model = DenseRetNetModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RetentionRowCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss of labels that are shifted here.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
+                see `DenseRetNetModel.forward`.
+            labels: ``[B, T]``, −100 where there is no loss.
+            logits_to_keep: the last n positions (0: all), or their indices.
+            **kwargs: ``num_items_in_batch`` and others of the loss; ``output_hidden_states``.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+__all__ = [
+    "DenseRetNetConfig",
+    "DenseRetNetForCausalLM",
+    "DenseRetNetModel",
+    "DenseRetNetPreTrainedModel",
+]

@@ -1,0 +1,214 @@
+"""Retention: decayed linear attention in its parallel, chunkwise, recurrent and blockwise forms.
+
+With R_n = γ R_{n−1} + k_n v_nᵀ every form returns Y_n = q_n R_n; the mixer's output is
+o_n = Y_n / √S_n (`normaliser`). The recurrent answer is the canonical one. Shapes: q and k are
+``[B, T, H, d_k]``, v and Y are ``[B, T, H, d_v]``, all in float32 or float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retort.ops.clock import Clock
+
+CLAMP = (1.0, 5e4)
+"""Bounds of the authors' row sum in their parallel mode."""
+
+
+def log_decay(num_heads: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """log γ_h = log1p(−2^(−5−h)), ``[H]``, in float32 or wider."""
+    heads = torch.arange(num_heads, dtype=dtype, device=device)
+    return torch.log1p(-torch.exp2(-5 - heads))
+
+
+def rotary_tables(positions: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[..., dim/2]`` of position × 10000^−linspace(0, 1, dim/2)."""
+    steps = torch.linspace(0, 1, dim // 2, dtype=dtype, device=positions.device)
+    angle = positions.to(dtype)[..., None] * 10000.0**-steps
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the interleaved pairs (2i, 2i+1) of ``x`` ``[..., H, d]`` by tables ``[..., d/2]``."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+
+def normaliser(seen: Tensor, decay: Tensor) -> Tensor:
+    """√S_n for ``seen`` = n ``[...]`` and log γ ``[H]``: ``[..., H]``, 1 where n = 0.
+
+    S_n = (1−γ^n)/(1−γ) by expm1, because the plain form cancels in float32 for many heads.
+    """
+    n = seen.clamp_min(1).to(decay.dtype)[..., None]
+    return (torch.expm1(n * decay) / torch.expm1(decay)).sqrt()
+
+
+def _power(exponent: Tensor, keep: Tensor, decay: Tensor) -> Tensor:
+    """γ^exponent where ``keep``, else 0: ``[..., H, n]`` of ``[..., n]``, or with two more dims.
+
+    The exponent is masked before exp: γ^(a negative number) overflows, and inf · 0 is NaN.
+    """
+    power = exponent.masked_fill(~keep, 0).to(decay.dtype)
+    shape = (len(decay),) + (1,) * (power.ndim - 2)
+    return torch.exp(power.unsqueeze(2) * decay.view(shape)) * keep.unsqueeze(2)
+
+
+def _pair_decay(clock: Clock, decay: Tensor) -> Tensor:
+    """γ^(c_i − c_j) for j ≤ i in one sequence, j real: ``[B, C, H, L, L]`` of a chunked clock."""
+    seen, sequence = clock.seen, clock.sequence
+    causal = torch.ones(seen.shape[-1], seen.shape[-1], dtype=torch.bool, device=seen.device).tril()
+    keep = causal & clock.real.unsqueeze(-2) & (sequence.unsqueeze(-1) == sequence.unsqueeze(-2))
+    return _power(seen.unsqueeze(-1) - seen.unsqueeze(-2), keep, decay)
+
+
+def _cut(x: Tensor, size: int) -> Tensor:
+    """``[B, T, H, d]`` to chunks ``[B, C, H, size, d]``, the tail filled with zeros."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size))
+    return x.view(len(x), -1, size, *x.shape[2:]).transpose(2, 3)
+
+
+def _joined(y: Tensor, length: int) -> Tensor:
+    """Inverse of `_cut`."""
+    return y.transpose(2, 3).flatten(1, 2)[:, :length]
+
+
+def parallel_retention(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, clock: Clock, clamp: bool = False
+) -> Tensor:
+    """Y by one decayed ``[T, T]`` matrix of q·k.
+
+    Args:
+        q, k, v: see the module.
+        decay: log γ ``[H]``.
+        clock: the batch's clock.
+        clamp: divide row n of the matrix (over √S_n) by clamp(Σ_j |·|, 1, 5e4), detached, as
+            the authors' parallel mode does. For comparison only: no linear-time form equals it.
+    """
+    length = q.shape[1]
+    q, k, v = (_cut(x, length) for x in (q, k, v))
+    scores = q @ k.mT * _pair_decay(clock.chunks(length), decay)
+    if clamp:
+        root = normaliser(clock.seen.view(len(clock.seen), 1, length), decay).mT.unsqueeze(-1)
+        total = (scores.detach().abs() / root).sum(-1, keepdim=True)
+        scores = scores / total.clamp(*CLAMP)
+    return _joined(scores @ v, length)
+
+
+def chunkwise_retention(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, clock: Clock, chunk_size: int = 64
+) -> Tensor:
+    """Y exactly, in time linear in T: matrices inside chunks, states between them.
+
+    Y_i = Σ_{j≤i} γ^(c_i−c_j)(q_i·k_j) v_j + γ^(c_i−n₀) q_i R₀ and
+    R' = γ^(c_L−n₀) R₀ + Σ_j γ^(c_L−c_j) k_j v_jᵀ, c counting the real tokens of one sequence.
+    """
+    length = q.shape[1]
+    size = min(chunk_size, length)
+    q, k, v = (_cut(x, size) for x in (q, k, v))
+    cut = clock.chunks(size)
+    y = (q @ k.mT * _pair_decay(cut, decay)) @ v
+    if q.shape[1] > 1:
+        read, write, carry = _state_decays(cut, decay)
+        states = _chunk_states((k * write.unsqueeze(-1))[:, :-1].mT @ v[:, :-1], carry)
+        y = torch.cat([y[:, :1], y[:, 1:] + (q * read.unsqueeze(-1))[:, 1:] @ states], 1)
+    return _joined(y, length)
+
+
+def _state_decays(cut: Clock, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of reading, writing and carrying the state of each chunk.
+
+    ``[B, C, H, L]`` twice and ``[B, C, H, 1]``; 0 where the sequence is another one.
+    """
+    seen, sequence = cut.seen, cut.sequence
+    last_seen, last = seen[..., -1:], sequence[..., -1:]
+    if seen.shape[1] == 1:  # one uniform chunk stands for all, each counted from its start
+        first_seen, first = torch.zeros_like(last_seen), last
+    else:
+        first_seen, first = (F.pad(t, (0, 0, 1, -1)) for t in (last_seen, last))
+    read = _power(seen - first_seen, sequence == first, decay)
+    write = _power(last_seen - seen, cut.real & (sequence == last), decay)
+    return read, write, _power(last_seen - first_seen, last == first, decay)
+
+
+def _chunk_states(added: Tensor, carry: Tensor) -> Tensor:
+    """States before chunks 1, 2, …: ``[B, C−1, H, d_k, d_v]`` of what each chunk adds."""
+    carry = carry.expand(-1, added.shape[1] + 1, -1, -1).unsqueeze(-1)
+    states = [added[:, 0]]
+    for c in range(1, added.shape[1]):
+        states.append(carry[:, c] * states[-1] + added[:, c])
+    return torch.stack(states, 1)
+
+
+def recurrent_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, clock: Clock) -> Tensor:
+    """Y one token after another: R_n = γ R_{n−1} + k_n v_nᵀ, Y_n = q_n R_n."""
+    gamma = decay.exp()[:, None, None]
+    first = (clock.seen == 1) & clock.real
+    state = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :])
+    outputs = []
+    for t in range(q.shape[1]):
+        new = first[:, t, None, None, None]
+        grown = gamma * state.masked_fill(new, 0) + k[:, t, :, :, None] * v[:, t, :, None, :]
+        state = torch.where(clock.real[:, t, None, None, None], grown, state)
+        outputs.append((q[:, t, :, None] @ state).squeeze(-2))
+    return torch.stack(outputs, 1)
+
+
+@dataclass(frozen=True)
+class BlockDecay:
+    """Decays of the blockwise form for blocks of L tokens.
+
+    A token at offset i of block b reads the state at (b−1)·L and the window of blocks b−1 and
+    b, so everything below is a constant, and its bits depend on its position alone.
+
+    Attributes:
+        read: γ^(L+i+1), ``[H, L, 1]``.
+        pair: γ^(L+i−j) for j ≤ L+i in the window, else 0, ``[H, L, 2L]``.
+        write: γ^(L−1−i), ``[H, L, 1]``.
+        carry: γ^L, ``[H, 1, 1]``.
+    """
+
+    read: Tensor
+    pair: Tensor
+    write: Tensor
+    carry: Tensor
+
+    @classmethod
+    def of(cls, decay: Tensor, length: int) -> BlockDecay:
+        """Tables for log γ ``[H]`` and blocks of ``length`` tokens."""
+        i = torch.arange(length, device=decay.device)
+        gap = length + i[:, None] - torch.arange(2 * length, device=decay.device)
+        keep = gap >= 0
+        log = decay[:, None, None]
+        return cls(
+            read=torch.exp((length + i + 1)[:, None] * log),
+            pair=torch.exp(gap.masked_fill(~keep, 0) * log) * keep,
+            write=torch.exp((length - 1 - i)[:, None] * log),
+            carry=torch.exp(length * log),
+        )
+
+
+def block_output(q: Tensor, k: Tensor, v: Tensor, tables: BlockDecay) -> Tensor:
+    """Part of Y that the window of two blocks gives, ``[n, H, L, d_v]``.
+
+    Args:
+        q: queries by offset in their block ``[n, H, L, d_k]``.
+        k: keys of blocks b−1 and b ``[n, H, 2L, d_k]``.
+        v: values of blocks b−1 and b ``[n, H, 2L, d_v]``.
+        tables: the decays.
+    """
+    return (q @ k.mT * tables.pair) @ v
+
+
+def block_read(q: Tensor, state: Tensor, tables: BlockDecay) -> Tensor:
+    """Part of Y that the state at (b−1)·L gives, ``[n, H, L, d_v]``; state ``[n, H, d_k, d_v]``."""
+    return q @ state * tables.read
+
+
+def block_fold(state: Tensor, k: Tensor, v: Tensor, tables: BlockDecay) -> Tensor:
+    """The state one block later: γ^L R + Σ_i γ^(L−1−i) k_i v_iᵀ; any leading dims."""
+    return state * tables.carry + (k * tables.write).mT @ v
