@@ -1,1 +1,1 @@
-
+"""Row caches: the contract, attention storage, recurrent storage."""

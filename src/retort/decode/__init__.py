@@ -1,1 +1,1 @@
-
+"""The engine: unpadded batch speculation for any decoder."""

@@ -1,1 +1,1 @@
-
+"""Mathematical operations: naive references, fast forms, native and PyTorch twins."""

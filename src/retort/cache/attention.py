@@ -1,0 +1,133 @@
+"""Attention key/value storage in which every row has a buffer of its own, and a rewind is a number.
+
+Storage follows Σ(length + draft): a row's buffer grows geometrically with that row alone and never
+with the longest one. Layer buffers are ``[2, kv_heads, capacity, head_dim]`` (keys, then values),
+made when a layer first appends, since only then its shape is known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.cache.rows import PackedRows, RowCache
+from retort.ops.attention import row_attention
+
+_GRANULE = 16
+_GROWTH = 1.25
+
+
+class AttentionRowCache(RowCache):
+    """Keys and values of every row, addressed by the row's own positions.
+
+    It stands in for a transformers ``Cache``: models call `update` and `get_seq_length`, the
+    attention function reads `keys_values`.
+
+    Args:
+        poison: value written into new buffers (tests pass NaN to prove that spare capacity is
+            never read); None leaves the memory as it comes.
+    """
+
+    is_compileable = False
+    is_sliding = (False,)
+
+    def __init__(self, poison: float | None = None) -> None:
+        super().__init__()
+        self._poison = poison
+        self._buffers: dict[int, dict[int, Tensor]] = {}
+        self._capacity: dict[int, int] = {}
+
+    # What transformers' decoders call
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple:
+        """Append packed keys and values, each ``[1, kv_heads, total, head_dim]``, to their rows."""
+        layout = self._active()
+        pair = torch.cat((keys, values))
+        for row, start, lo, hi in spans(layout):
+            self._buffer(row, layer_idx, pair)[:, :, start : start + hi - lo] = pair[:, :, lo:hi]
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Always 0: rows have lengths of their own, and positions are given explicitly."""
+        return 0
+
+    def keys_values(self, row: int, layer_idx: int, length: int) -> tuple[Tensor, Tensor]:
+        """Views ``[kv_heads, length, head_dim]`` of the first ``length`` keys and values."""
+        keys, values = self._buffers[row][layer_idx][:, :, :length]
+        return keys, values
+
+    def attend(self, layer_idx: int, query: Tensor, value_dim: int, **options: Any) -> Tensor:
+        """Attention of packed queries, each row over its own keys.
+
+        Args:
+            query: ``[1, heads, total, head_dim]``.
+            options: see `retort.ops.attention.row_attention`.
+
+        Returns:
+            ``[total, heads, value_dim]``.
+        """
+        out = query.new_empty(query.shape[2], query.shape[1], value_dim)
+        for row, start, lo, hi in spans(self._active()):
+            keys, values = self.keys_values(row, layer_idx, start + hi - lo)
+            attended = row_attention(query[0, :, lo:hi], keys, values, **options)
+            out[lo:hi] = attended.transpose(0, 1)
+        return out
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all buffers, spare capacity included."""
+        return sum(b.nbytes for layers in self._buffers.values() for b in layers.values())
+
+    def capacity(self, row: int) -> int:
+        """Tokens for which ``row`` has room."""
+        return self._capacity[row]
+
+    # The contract
+    def _open(self, row: int) -> None:
+        self._buffers[row], self._capacity[row] = {}, 0
+
+    def _close(self, row: int) -> None:
+        del self._buffers[row], self._capacity[row]
+
+    def _reserve(self, layout: PackedRows) -> None:
+        for row, start, lo, hi in spans(layout):
+            need = start + hi - lo
+            if need > self._capacity[row]:
+                self._grow(row, start, _round_up(max(need, int(self._capacity[row] * _GROWTH))))
+
+    def _rewind(self, row: int, length: int) -> None:
+        """Nothing to do: positions from ``length`` on are overwritten before they are read."""
+
+    def _grow(self, row: int, used: int, capacity: int) -> None:
+        self._capacity[row] = capacity
+        for layer, old in self._buffers[row].items():
+            new = self._new_buffer(old, capacity)
+            new[:, :, :used] = old[:, :, :used]
+            self._buffers[row][layer] = new
+
+    def _buffer(self, row: int, layer: int, like: Tensor) -> Tensor:
+        layers = self._buffers[row]
+        if layer not in layers:
+            layers[layer] = self._new_buffer(like, self._capacity[row])
+        return layers[layer]
+
+    def _new_buffer(self, like: Tensor, capacity: int) -> Tensor:
+        new = like.new_empty(2, like.shape[1], capacity, like.shape[3])
+        return new if self._poison is None else new.fill_(self._poison)
+
+    def _active(self) -> PackedRows:
+        if self.layout is None:
+            raise RuntimeError("the cache is used outside a pass: call begin() first")
+        return self.layout
+
+
+def spans(layout: PackedRows) -> list[tuple[int, int, int, int]]:
+    """``(row, start, lo, hi)`` of each row: its length before the pass, its packed token range."""
+    return list(
+        zip(layout.rows, layout.starts, layout.offsets[:-1], layout.offsets[1:], strict=True)
+    )
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // _GRANULE) * _GRANULE

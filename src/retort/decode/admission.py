@@ -1,0 +1,140 @@
+"""From what a user gives (text, ids, chat messages, parameters) to a request, checked up front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from retort.decode.request import Request, SamplingParams
+from retort.decode.stopping import TextBuffer
+from retort.decode.support import max_length
+from retort.errors import ConfigurationError
+
+Prompt = str | Sequence[int] | Sequence[dict]
+
+
+class Admission:
+    """Turns prompts into requests for one model and tokenizer, or refuses them.
+
+    Args:
+        model: the target; its configuration gives vocabulary, context and end-of-sequence ids.
+        tokenizer: needed for text and chat prompts, stop strings and text output.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._config = model.config.get_text_config()
+        self._generation = getattr(model, "generation_config", None)
+        self._tokenizer = tokenizer
+        self._limit = max_length(model.config)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Ids of one prompt.
+
+        Raises:
+            ConfigurationError: empty, too long for the context, or ids outside the vocabulary.
+        """
+        ids = encode(prompt, self._tokenizer)
+        check(ids, self._config.vocab_size, self._limit)
+        return ids
+
+    def request(
+        self, request_id: str, index: int, prompt: Prompt, params: SamplingParams, hold: bool
+    ) -> Request:
+        """A request ready to be scheduled."""
+        self._check_ids("logit_bias", params.logit_bias or {})
+        self._check_ids("eos_token_id", _as_ids(params.eos_token_id))
+        ids = self.encode(prompt)
+        request = Request(request_id, index, ids, params, self._eos(params), hold)
+        if params.stops:
+            _need(self._tokenizer, "stop string in a")
+        if self._tokenizer is not None:
+            request.text = TextBuffer(self._tokenizer, params.stops)
+        self.limit(request)
+        return request
+
+    def limit(self, request: Request) -> None:
+        """Let a request grow to the context length at most."""
+        if self._limit is not None:
+            request.limit = min(request.limit, self._limit)
+
+    def replay(self, request: Request) -> None:
+        """Make the text state anew after a row's tokens were replaced."""
+        if request.text is not None:
+            request.text = TextBuffer(self._tokenizer, request.params.stops)
+            for token in request.output:
+                request.text.push(token)
+
+    def text(self, request: Request) -> str:
+        """The request's whole output text."""
+        return "" if request.text is None else request.text.full(request.output)
+
+    def _eos(self, params: SamplingParams) -> frozenset[int]:
+        candidates = (params, self._generation, self._config)
+        given = (getattr(c, "eos_token_id", None) for c in candidates)
+        return frozenset(_as_ids(next((g for g in given if g is not None), None)))
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        size = self._config.vocab_size
+        bad = next((t for t in ids if not 0 <= t < size), None)
+        if bad is not None:
+            raise ConfigurationError(f"{name}: token id {bad} is outside the vocabulary of {size}")
+
+
+def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Ids of one prompt: text as it stands, messages through the chat template, ids unchanged."""
+    if isinstance(prompt, str):
+        return list(_need(tokenizer, "text")(prompt).input_ids)
+    items: list[Any] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if items and all(isinstance(item, dict) for item in items):
+        return _chat(items, _need(tokenizer, "chat"))
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        return items
+    raise ConfigurationError(
+        f"a prompt must be text, a list of token ids or a list of chat messages, not {prompt!r:.80}"
+    )
+
+
+def check(ids: Sequence[int], vocab_size: int, limit: int | None) -> None:
+    """Refuse what the model cannot read.
+
+    Raises:
+        ConfigurationError: empty, an id outside the vocabulary, or at or over the context length.
+    """
+    if not ids:
+        raise ConfigurationError("the prompt is empty: give at least one token")
+    bad = next((t for t in ids if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise ConfigurationError(
+            f"token id {bad} in the prompt is outside the vocabulary of {vocab_size}"
+        )
+    if limit is not None and len(ids) >= limit:
+        raise ConfigurationError(
+            f"the prompt has {len(ids)} tokens and the model's context is {limit}: shorten it "
+            f"to at most {limit - 1}"
+        )
+
+
+def _chat(messages: list[dict], tokenizer: Any) -> list[int]:
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return list(ids["input_ids"])
+
+
+def _need(tokenizer: Any, kind: str) -> Any:
+    if tokenizer is None:
+        raise ConfigurationError(
+            f"a {kind} prompt needs a tokenizer: pass Engine(model, tokenizer)"
+        )
+    return tokenizer
+
+
+def is_single(prompts: Any) -> bool:
+    """Whether ``prompts`` is one prompt and not a list of them."""
+    if isinstance(prompts, str):
+        return True
+    return len(prompts) > 0 and isinstance(prompts[0], (int, dict))
+
+
+def _as_ids(given: int | Sequence[int] | None) -> list[int]:
+    return [] if given is None else [given] if isinstance(given, int) else list(given)

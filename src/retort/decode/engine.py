@@ -1,0 +1,386 @@
+"""The engine: many requests decode together, each row on its own clock.
+
+A step in the order of the paper (EMS-SD, arXiv 2405.07542): schedule, draft, one packed forward,
+verify row by row, rewind what was rejected, emit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from retort.decode.admission import Admission, Prompt, is_single
+from retort.decode.budget import build_budget
+from retort.decode.drafter import DraftContext, Drafter, build_drafter
+from retort.decode.packed import PackedModel
+from retort.decode.profile import profile_passes
+from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
+from retort.decode.scheduler import Plan, Scheduler
+from retort.decode.stats import EngineStats
+from retort.decode.stopping import extend
+from retort.decode.verify import verify
+from retort.errors import ConfigurationError
+
+Drafts = list[list[int]]
+
+
+class Engine:
+    """Decode many prompts at once, losslessly faster with a drafter.
+
+    Args:
+        model: a transformers causal language model (or DenseRetNet); it is unchanged afterwards.
+        tokenizer: its tokenizer; not needed for prompts given as ids.
+        drafter: None, "prompt-lookup", a model name, folder or module, or a `Drafter`.
+        max_batch_size: rows that decode at once; more prompts wait.
+        draft_budget: "auto" lets each row's draft length follow what pays, 0 included; a number
+            fixes it.
+        tape: for recurrent models, "draft" or "completion": how far a row can be rewound.
+        max_prefill_tokens: prompt tokens that one pass reads beside the decoding rows.
+
+    Raises:
+        UnsupportedModelError: the model's architecture is not handled; nothing was changed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        drafter: Any = None,
+        max_batch_size: int = 16,
+        draft_budget: Any = "auto",
+        tape: str = "draft",
+        cpu_backend: str = "auto",
+        max_prefill_tokens: int = 512,
+    ) -> None:
+        if max_batch_size < 1:
+            raise ConfigurationError(f"max_batch_size={max_batch_size} must be at least 1")
+        self.model, self.tokenizer = model, tokenizer
+        self._admission = Admission(model, tokenizer)
+        self.budget = build_budget(draft_budget)
+        self.target = self._build_target(tape, cpu_backend)
+        self.drafter: Drafter | None = build_drafter(drafter, model)
+        self.scheduler = Scheduler(max_batch_size, max_prefill_tokens)
+        self.stats = EngineStats()
+        self._requests: dict[str, Request] = {}
+        self._count = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        *,
+        dtype: str = "float32",
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Engine:
+        """Load a zoo name, hub id or folder, refusing what is not supported before any weight."""
+        from retort.models.zoo import load_model, load_tokenizer
+
+        model: Any = load_model(
+            model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
+        return cls(model if device is None else model.to(device), tokenizer, **options)
+
+    # One call for many prompts
+    def generate(self, prompts: Any, **sampling: Any) -> list[RequestOutput]:
+        """Complete prompts and return outputs in their order.
+
+        Args:
+            prompts: a prompt or a list of them: text, token ids, or chat messages.
+            sampling: fields of `SamplingParams`, or ``params=SamplingParams(...)``.
+        """
+        ids = self._add_all(prompts, sampling)
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            while len(outputs) < len(ids):
+                outputs |= {o.request_id: o for o in self.step() if o.request_id in ids}
+        finally:
+            self._abandon(ids)
+        return [outputs[i] for i in ids]
+
+    def stream(self, prompts: Any, **sampling: Any) -> Iterator[Chunk]:
+        """Complete prompts and give text as soon as it is certain; rows interleave."""
+        ids = self._add_all(prompts, sampling)
+        sent = {rid: len(self._requests[rid].prompt) for rid in ids}
+        order = {rid: index for index, rid in enumerate(ids)}
+        live = [self._requests[rid] for rid in ids]
+        try:
+            while live:
+                self.step()
+                yield from (c for r in live if (c := _chunk(r, order[r.id], sent)) is not None)
+                live = [r for r in live if r.finish_reason is None]
+        finally:
+            self._abandon(ids)
+
+    # Request by request
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        hold: bool = False,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a prompt and return its id.
+
+        Args:
+            hold: keep the row after it finishes, for `rewind`; let it go with `release`.
+
+        Raises:
+            ConfigurationError: the prompt is empty, too long or holds unknown ids; a known id.
+        """
+        request_id = f"request-{self._count}" if request_id is None else request_id
+        if request_id in self._requests:
+            raise ConfigurationError(f"request id {request_id!r} is already in use")
+        request = self._admission.request(
+            request_id, self._count, prompt, params or SamplingParams(), hold
+        )
+        self._requests[request_id] = request
+        self._count += 1
+        self.scheduler.add(request)
+        return request_id
+
+    def has_unfinished(self) -> bool:
+        """Whether a step has work to do."""
+        return not self.scheduler.idle
+
+    def step(self) -> list[RequestOutput]:
+        """Advance every row in work by one pass and return the requests that finished."""
+        plan = self._schedule()
+        with self._clock(plan):
+            drafts = self._draft(plan)
+            logits = self._forward(plan, drafts)
+            self._accept(plan, drafts, logits)
+        return self._retire()
+
+    def rewind(
+        self,
+        request_id: str,
+        length: int,
+        append: Sequence[int] = (),
+        max_new_tokens: int | None = None,
+    ) -> None:
+        """Take a held, finished row back and let it go on from there; no prompt is read again.
+
+        Args:
+            length: tokens to keep, prompt included; at least the prompt.
+            append: tokens to put after them, before the row goes on.
+            max_new_tokens: most tokens to generate after these.
+
+        Raises:
+            ConfigurationError: not a held and finished request, or a length outside its text.
+            RewindError: a recurrent row whose tape does not reach back that far.
+        """
+        request = self._held(request_id)
+        if not len(request.prompt) <= length <= len(request.tokens):
+            raise ConfigurationError(
+                f"{request_id} can keep {len(request.prompt)} (its prompt) to "
+                f"{len(request.tokens)} tokens, not {length}"
+            )
+        self._rewind_row(request, length if append else length - 1)
+        request.tokens = [*request.tokens[:length], *append]
+        del request.logprobs[length - len(request.prompt) :]
+        if max_new_tokens is not None:
+            request.limit = len(request.tokens) + max_new_tokens
+        request.finish_reason = None
+        self._admission.limit(request)
+        self._admission.replay(request)
+        self.scheduler.add(request)
+
+    def release(self, request_id: str) -> None:
+        """Let a held row go."""
+        self._free(self._known(request_id))
+
+    def abort(self, request_id: str) -> RequestOutput:
+        """Stop a request now and return what it has."""
+        request = self._known(request_id)
+        request.finish_reason = request.finish_reason or "abort"
+        return self._finish(request, hold=False)
+
+    def close(self) -> None:
+        """Let every row go; the model is as it was given."""
+        for request in list(self._requests.values()):
+            self._free(request)
+        self.target.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The parts of a step
+    def _schedule(self) -> Plan:
+        for request in self.scheduler.admit():
+            if request.row < 0:
+                request.row = self.target.add_row()
+            if request.room <= 0:
+                request.finish_reason = "length"
+        return self.scheduler.plan()
+
+    def _draft(self, plan: Plan) -> Drafts:
+        rows = plan.decodes
+        if self.drafter is None or not rows:
+            return [[] for _ in rows]
+        self._profile_once()
+        wanted = [min(self.budget.max_draft, r.room - 1) for r in rows]
+        if self.drafter.passes:
+            wanted = self.budget.allocate([r.id for r in rows], wanted, drafting=True)
+        started = time.perf_counter()
+        contexts = [DraftContext(r.id, r.tokens, w) for r, w in zip(rows, wanted, strict=True)]
+        drafts = self.drafter.propose(contexts)
+        if self.drafter.passes:
+            if any(wanted):
+                self.budget.time_draft(max(wanted), time.perf_counter() - started)
+            return drafts
+        lengths = self.budget.allocate([r.id for r in rows], [len(d) for d in drafts], False)
+        return [draft[:n] for draft, n in zip(drafts, lengths, strict=True)]
+
+    def _forward(self, plan: Plan, drafts: Drafts) -> Tensor | None:
+        feeds = [(p.request.row, p.tokens) for p in plan.prefills]
+        feeds += [(r.row, [*r.pending, *d]) for r, d in zip(plan.decodes, drafts, strict=True)]
+        if not feeds:
+            return None
+        keep = [int(p.last) for p in plan.prefills] + [1 + len(d) for d in drafts]
+        started = time.perf_counter()
+        logits = self.target.forward(feeds, keep)
+        if not plan.prefills:
+            self.budget.time_step(sum(len(t) for _, t in feeds), time.perf_counter() - started)
+        return logits
+
+    def _accept(self, plan: Plan, drafts: Drafts, logits: Tensor | None) -> None:
+        for prefill in plan.prefills:
+            prefill.request.fed += len(prefill.tokens)
+            self.stats.prompt_tokens += len(prefill.tokens)
+        if logits is None:
+            return
+        ready = [p.request for p in plan.prefills if p.last]
+        requests, drafts = ready + plan.decodes, [[] for _ in ready] + drafts
+        gains = verify(requests, drafts, logits)
+        for request, draft, tokens in zip(requests, drafts, gains, strict=True):
+            self._emit(request, draft, tokens)
+
+    def _emit(self, request: Request, draft: list[int], tokens: list[int]) -> None:
+        taken = extend(request, tokens)
+        request.stats.steps += 1
+        if draft:
+            self._record_draft(request, len(draft), len(tokens) - 1)
+        self._rewind_row(request, len(request.tokens) - 1)
+        self.stats.generated_tokens += len(taken)
+
+    def _retire(self) -> list[RequestOutput]:
+        done = [r for r in self.scheduler.running if r.finish_reason is not None]
+        return [self._finish(r, hold=r.hold) for r in done]
+
+    # Details
+    def _build_target(self, tape: str, cpu_backend: str) -> PackedModel:
+        max_draft = max(self.budget.max_draft, 1)
+        return PackedModel(self.model, tape=tape, max_draft=max_draft, cpu_backend=cpu_backend)
+
+    def _add_all(self, prompts: Any, sampling: dict) -> list[str]:
+        params = sampling.pop("params", None) or SamplingParams.build(**sampling)
+        many = [prompts] if is_single(prompts) else list(prompts)
+        ids = [self._admission.encode(p) for p in many]  # all are checked before one is queued
+        return [self.add_request(p, params) for p in ids]
+
+    def _abandon(self, ids: Sequence[str]) -> None:
+        for rid in ids:
+            if rid in self._requests:
+                self.abort(rid)
+
+    def _known(self, request_id: str) -> Request:
+        if request_id not in self._requests:
+            raise ConfigurationError(f"no request {request_id!r}; it is finished or never was")
+        return self._requests[request_id]
+
+    def _held(self, request_id: str) -> Request:
+        request = self._known(request_id)
+        if not request.hold or request.finish_reason is None or request.row < 0:
+            raise ConfigurationError(
+                f"{request_id} cannot be rewound: only a finished request that was added with "
+                "hold=True can"
+            )
+        return request
+
+    def _rewind_row(self, request: Request, length: int) -> None:
+        if request.row >= 0:
+            if self.target.length(request.row) > length:
+                self.target.rewind(request.row, length)
+            request.fed = self.target.length(request.row)
+
+    def _finish(self, request: Request, hold: bool) -> RequestOutput:
+        self.scheduler.remove(request)
+        output = self._output(request)
+        if not hold:
+            self._free(request)
+        return output
+
+    def _free(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        self._requests.pop(request.id)
+        if request.row >= 0:
+            self.target.free_row(request.row)
+        if self.drafter is not None:
+            self.drafter.release(request.id)
+        self.budget.release(request.id)
+
+    def _output(self, request: Request) -> RequestOutput:
+        return RequestOutput(
+            index=request.index,
+            request_id=request.id,
+            prompt_token_ids=list(request.prompt),
+            token_ids=request.output,
+            text=self._admission.text(request),
+            finish_reason=request.finish_reason,
+            stats=replace(request.stats),
+            logprobs=None if request.params.logprobs is None else list(request.logprobs),
+            error=request.error,
+        )
+
+    @contextmanager
+    def _clock(self, plan: Plan) -> Iterator[None]:
+        """Count a step; only steps without prompt slices tell the decoding speed."""
+        started, before = time.perf_counter(), self.stats.generated_tokens
+        yield
+        seconds, stats = time.perf_counter() - started, self.stats
+        stats.steps += 1
+        stats.packed_tokens = self.target.forward_tokens
+        stats.padding_tokens = self.target.padding_tokens
+        if plan.prefills:
+            stats.prefill_seconds += seconds
+            return
+        stats.decode_seconds += seconds
+        stats.decode_tokens += stats.generated_tokens - before
+        stats.row_steps += len(plan.decodes)
+
+    def _record_draft(self, request: Request, length: int, accepted: int) -> None:
+        request.stats.drafts += 1
+        request.stats.draft_tokens += length
+        request.stats.accepted_tokens += accepted
+        self.stats.record_draft(length, accepted)
+        self.budget.observe(request.id, length, accepted)
+
+    def _profile_once(self) -> None:
+        cost = getattr(self.budget, "cost", None)
+        if cost is not None and not cost.seconds_at:
+            for tokens, seconds in profile_passes(self.target):
+                cost.record(tokens, seconds)
+
+
+def _chunk(request: Request, index: int, sent: dict[str, int]) -> Chunk | None:
+    """What is new of a row since the last chunk, or None."""
+    tokens = request.tokens[sent[request.id] :]
+    if not tokens and request.finish_reason is None:
+        return None
+    sent[request.id] = len(request.tokens)
+    last = request.finish_reason is not None
+    text = "" if request.text is None else request.text.take(last)
+    return Chunk(index, request.id, text, tokens, request.finish_reason)

@@ -1,0 +1,185 @@
+"""One model with its row cache, fed by packed passes: new tokens of many rows as one sequence.
+
+Every layer but the token mixer sees ``[1, Σ counts]``, so no linear layer computes padding. This
+is the "unpad input tokens" and "unpad KV cache" of EMS-SD (arXiv 2405.07542, section 3), for any
+Hugging Face decoder, without code for each model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.cache.attention import AttentionRowCache
+from retort.cache.rows import RowCache
+from retort.decode.support import check_supported
+
+ATTENTION = "retort_rows"
+
+# The attention function gets its cache from here: some models drop keywords that they do not know.
+_active_cache: ContextVar[AttentionRowCache | None] = ContextVar("row cache", default=None)
+
+Feed = tuple[int, Sequence[int]]
+
+
+class PackedModel:
+    """A causal model whose rows are fed, read and rewound each on its own.
+
+    Args:
+        model: a transformers causal language model; between passes it is as it was.
+        tape: for recurrent models, how far a row can go back: over drafts, or over the completion.
+        max_draft: longest draft that a recurrent row must be able to take back.
+
+    Attributes:
+        forward_passes, forward_tokens: what was computed so far; a rewind changes neither.
+        padding_tokens: how many of the tokens were padding: none, by construction.
+
+    Raises:
+        UnsupportedModelError: the model uses a feature that a packed pass would get wrong.
+    """
+
+    padding_tokens = 0
+
+    def __init__(
+        self, model: Any, *, tape: str = "draft", max_draft: int = 16, cpu_backend: str = "auto"
+    ) -> None:
+        check_supported(model.config, type(model))
+        self.model = model
+        self.cache = self._new_cache(tape, max_draft)
+        self.forward_passes = self.forward_tokens = 0
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def add_row(self) -> int:
+        """Open an empty row and return its id."""
+        return self.cache.add_row()
+
+    def free_row(self, row: int) -> None:
+        """Retire a row."""
+        self.cache.free_row(row)
+
+    def length(self, row: int) -> int:
+        """Number of tokens in the cache of ``row``."""
+        return self.cache.length(row)
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget the tokens of ``row`` from position ``length`` on; computes nothing."""
+        if length != self.cache.length(row):
+            self.cache.rewind(row, length)
+
+    def forward(self, feeds: Sequence[Feed], keep: Sequence[int]) -> Tensor:
+        """Append new tokens to rows in one pass.
+
+        Args:
+            feeds: ``(row, tokens)`` pairs, one a row, at least one token each.
+            keep: for each feed, how many of its last tokens need logits (0 for none).
+
+        Returns:
+            Logits ``[Σ keep, vocab]`` in feed order.
+        """
+        layout = self.cache.begin([row for row, _ in feeds], [len(t) for _, t in feeds])
+        ids = torch.tensor([[t for _, tokens in feeds for t in tokens]], device=self.model.device)
+        index = torch.tensor(layout.last_indices(keep), dtype=torch.long, device=self.model.device)
+        logits = self._guarded(ids, layout.position_ids(self.model.device), index)
+        self._count(layout.total)
+        return logits
+
+    def close(self) -> None:
+        """Let every row go."""
+        for row in self.cache.rows:
+            self.cache.free_row(row)
+
+    def _new_cache(self, tape: str, max_draft: int) -> RowCache:
+        if hasattr(self.model, "new_row_cache"):
+            return self.model.new_row_cache(tape=tape, max_draft=max_draft)
+        return AttentionRowCache()
+
+    def _count(self, tokens: int) -> None:
+        self.forward_passes += 1
+        self.forward_tokens += tokens
+
+    def _guarded(self, ids: Tensor, position_ids: Tensor, index: Tensor) -> Tensor:
+        """Run a pass; when it fails, rows keep the lengths that they had."""
+        try:
+            logits = self._run(ids, position_ids, index)
+        except BaseException:
+            self.cache.cancel()
+            raise
+        self.cache.end()
+        return logits
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor, position_ids: Tensor, index: Tensor) -> Tensor:
+        extra = {"logits_to_keep": index} if self._takes_logits_to_keep else {}
+        with _inference(self.model, self.cache):
+            logits = self.model(
+                input_ids=ids,
+                position_ids=position_ids,
+                past_key_values=self.cache,
+                use_cache=True,
+                **extra,
+            ).logits[0]
+        return logits if self._takes_logits_to_keep else logits[index]
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for a packed pass: each row attends to its own keys.
+
+    ``query`` is ``[1, heads, total, head_dim]``; returns ``[1, total, heads, value_dim]``.
+    """
+    cache = _active_cache.get()
+    if cache is None or cache.layout is None:
+        raise RuntimeError(f"attention {ATTENTION!r} runs inside PackedModel.forward only")
+    out = cache.attend(
+        module.layer_idx,
+        query,
+        value.shape[-1],
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out[None], None
+
+
+@contextmanager
+def _inference(model: Any, cache: RowCache) -> Iterator[None]:
+    """Evaluation mode and the packed attention function, for one pass; then all as before."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    modes = [(m, m.training) for m in model.modules()] if model.training else []
+    _register()
+    config._attn_implementation = ATTENTION
+    token = _active_cache.set(cache if isinstance(cache, AttentionRowCache) else None)
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        _active_cache.reset(token)
+        config._attn_implementation = before
+        for module, training in modes:
+            module.training = training
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    if ATTENTION not in AttentionInterface._global_mapping:
+        AttentionInterface.register(ATTENTION, packed_attention)

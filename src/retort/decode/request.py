@@ -1,0 +1,195 @@
+"""What a caller asks of the engine, what it gets back, and a request's state in between."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from retort.errors import ConfigurationError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is continued; names and meanings are Hugging Face's.
+
+    Args:
+        max_new_tokens: most tokens to generate.
+        min_new_tokens: no end-of-sequence token before this many.
+        do_sample: draw from the model's distribution instead of taking the most likely token.
+        temperature, top_k, top_p, min_p: shape the distribution that is drawn from.
+        repetition_penalty: over prompt and output (Hugging Face).
+        presence_penalty, frequency_penalty: over the output only (OpenAI).
+        logit_bias: added to the logits of the given token ids.
+        eos_token_id: one id or several that end the row; None takes the model's.
+        ignore_eos: go on after an end-of-sequence token.
+        stop_strings: text that ends the row; the output's text ends before it.
+        seed: with the same seed a sampled row is the same text in any company, with any drafter.
+        logprobs: give the log-probability of every token, and of this many alternatives.
+
+    Raises:
+        ConfigurationError: a value is out of range; the message names the field.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    eos_token_id: int | list[int] | None = None
+    ignore_eos: bool = False
+    stop_strings: str | list[str] | None = None
+    seed: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, ok, rule in self._rules():
+            if not ok:
+                value = getattr(self, name)
+                raise ConfigurationError(f"{name}={value!r} is wrong: it must be {rule}")
+
+    @classmethod
+    def build(cls, **options: Any) -> SamplingParams:
+        """Build from keywords; an unknown keyword is an error that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigurationError(
+                f"unknown sampling option {unknown[0]!r}; known: {', '.join(known)}"
+            )
+        return cls(**options)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        given = self.stop_strings
+        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [
+            ("max_new_tokens", _whole(self.max_new_tokens, 0), "a whole number of at least 0"),
+            (
+                "min_new_tokens",
+                _whole(self.min_new_tokens, 0) and self.min_new_tokens <= self.max_new_tokens,
+                "between 0 and max_new_tokens",
+            ),
+            ("temperature", _within(self.temperature, 0, math.inf), "a finite number above 0"),
+            ("top_k", _whole(self.top_k, 0), "0 (off) or a positive whole number"),
+            ("top_p", _within(self.top_p, 0, 1), "above 0 and at most 1"),
+            ("min_p", self.min_p == 0 or _within(self.min_p, 0, 1), "between 0 and 1"),
+            (
+                "repetition_penalty",
+                _within(self.repetition_penalty, 0, math.inf),
+                "a finite number above 0",
+            ),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
+            ("stop_strings", all(isinstance(s, str) and s for s in self.stops), "non-empty text"),
+            ("logprobs", self.logprobs is None or _whole(self.logprobs, 0), "None or 0 to 20"),
+        ]
+
+
+@dataclass
+class RequestStats:
+    """Counts of one request; mean acceptance length = 1 + accepted_tokens / drafts."""
+
+    steps: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+@dataclass
+class RequestOutput:
+    """A finished request.
+
+    Attributes:
+        index: place of the prompt in the call (order of `add_request` otherwise).
+        token_ids: generated ids, an end-of-sequence token included.
+        text: decoded without special tokens, cut before a stop string.
+        finish_reason: "stop", "length", "abort" or "error".
+        logprobs: for each token ``{token id: log-probability}``, where asked for.
+        error: what went wrong where ``finish_reason`` is "error".
+    """
+
+    index: int
+    request_id: str
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason | None
+    stats: RequestStats
+    logprobs: list[dict[int, float]] | None = None
+    error: str | None = None
+
+
+@dataclass
+class Chunk:
+    """New text of one request, as the stream gives it; the last one has a finish reason."""
+
+    index: int
+    request_id: str
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A request inside the engine: its tokens and how many of them the cache already holds."""
+
+    id: str
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    eos: frozenset[int]
+    hold: bool = False
+    row: int = -1
+    fed: int = 0
+    limit: int = 0
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    text: Any = None
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    stats: RequestStats = field(default_factory=RequestStats)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.limit = len(self.prompt) + self.params.max_new_tokens
+
+    @property
+    def pending(self) -> list[int]:
+        """Tokens that the target has not read yet; exactly one while decoding."""
+        return self.tokens[self.fed :]
+
+    @property
+    def decoding(self) -> bool:
+        """The prompt is read: each step yields tokens."""
+        return len(self.tokens) - self.fed == 1
+
+    @property
+    def output(self) -> list[int]:
+        """Generated tokens so far."""
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def room(self) -> int:
+        """How many more tokens may be generated."""
+        return self.limit - len(self.tokens)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _within(value: float, above: float, most: float) -> bool:
+    return math.isfinite(value) and above < value <= most
