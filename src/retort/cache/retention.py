@@ -2,33 +2,31 @@
 
 Time is cut into blocks of L tokens. A token in block b reads the state at (b−1)·L and the tape
 of blocks b−1 and b, so its bits depend on its position and on the tokens before it, never on
-how the passes were cut or which drafts were accepted. The state of a row (its *anchor*) moves
-only when the committed length enters the next block; until then a rewind only forgets tape.
+how the passes were cut or which drafts were accepted. A row's *anchor* is the block b whose
+state it keeps; it moves only when the committed length enters the next block, and until then a
+rewind only forgets tape. States and tapes are float32 at least, whatever the model's dtype.
 
-The tape lies in pages of one block, in one pool for all rows; a row owns the pages from the
-block before its anchor on (`tape="draft"`) or all of them (`tape="completion"`). States and
-tapes are float32 at least.
-
-[ours] "completion" keeps the prompt's tape too, so every length can be reached: the state is
-then folded again from the tape, block by block, with the bits it had before.
+[ours] `tape="completion"` keeps the prompt's tape too, so that every length can be reached: the
+state is then folded again from the tape, block by block, into the bits it had before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from retort.cache.recurrent import RecurrentRowCache
 from retort.cache.rows import PackedRows
+from retort.cache.tape import Tape, grown
 from retort.cache.waves import WavePlan
 from retort.errors import ConfigurationError
 from retort.ops.retention import BlockDecay, block_fold, block_output, block_read, log_decay
 
-Tape = Literal["draft", "completion"]
+TapeKind = Literal["draft", "completion"]
 
 
 @dataclass(frozen=True)
@@ -42,19 +40,39 @@ class RetentionShape:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """Where wave 0 reads and which segments the tape keeps.
+class _Pass:
+    """What the layers of one pass share: the plan, where wave 0 reads, what the tape keeps.
 
-    Masks are ``[n, 1, L or 1, 1]``; None where everything is valid.
+    Masks are ``[n, 1, L or 1, 1]`` over the rows of wave 0, None where everything is valid.
     """
 
-    has_state: Tensor | None
-    before: Tensor
+    plan: WavePlan
+    anchors: dict[int, int]  # of each row when the pass ends
+    before: Tensor  # pages of the blocks before
     has_before: Tensor | None
-    current: Tensor
-    old: Tensor
-    written: Tensor
-    pages: Tensor
+    current: Tensor  # pages of the first blocks
+    old: Tensor  # their positions that were there already
+    has_state: Tensor | None
+    written: Tensor  # segments for the tape
+    pages: Tensor  # and their pages
+    moved: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # layer, rows, states
+
+
+class _Front(NamedTuple):
+    """Where a wave stands: the state at (b−1)·L and the block before, of each row."""
+
+    state: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def window(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks b−1 and b, given those of b."""
+        return torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+
+    def after(self, k: Tensor, v: Tensor, carry: Tensor | None, decay: BlockDecay) -> _Front:
+        """The front one block on, of the rows at ``carry``; k and v are those of block b."""
+        state, *before, k, v = (_take(x, carry) for x in (*self, k, v))
+        return _Front(block_fold(state, before[0], before[1], decay), k, v)
 
 
 class RetentionRowCache(RecurrentRowCache):
@@ -74,7 +92,7 @@ class RetentionRowCache(RecurrentRowCache):
         shape: RetentionShape,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        tape: Tape = "draft",
+        tape: TapeKind = "draft",
         max_draft: int = 16,
         block: int = 16,
     ) -> None:
@@ -84,123 +102,60 @@ class RetentionRowCache(RecurrentRowCache):
                 f"a tape is 'draft' or 'completion', max_draft at least 0 and block at least 1: "
                 f"{tape=}, {max_draft=}, {block=}"
             )
-        self.shape, self.tape, self.max_draft, self.block = shape, tape, max_draft, block
+        self.shape, self.kind, self.max_draft, self.block = shape, tape, max_draft, block
         self.dtype = torch.promote_types(dtype, torch.float32)
-        self.tables = BlockDecay.of(log_decay(shape.heads, self.dtype, self.device), block)
+        self.decay = BlockDecay.of(log_decay(shape.heads, self.dtype, self.device), block)
+        self.states = self._zeros(0, shape.key_dim, shape.value_dim)
+        self.tape = Tape(
+            lambda n: (self._zeros(n, block, shape.key_dim), self._zeros(n, block, shape.value_dim))
+        )
         self._anchor: dict[int, int] = {}
-        self._tables: dict[int, dict[int, int]] = {}
-        self._allocate(rows=0, pages=0)
-        self._discard()
+        self._pass: _Pass | None = None
 
     @torch.inference_mode(False)
-    def _allocate(self, rows: int, pages: int) -> None:
-        s = self.shape
-        size = {"dtype": self.dtype, "device": self.device}
-        self.states = torch.zeros(s.layers, rows, s.heads, s.key_dim, s.value_dim, **size)
-        self.keys = torch.zeros(s.layers, pages, s.heads, self.block, s.key_dim, **size)
-        self.values = torch.zeros(s.layers, pages, s.heads, self.block, s.value_dim, **size)
-        self._free_pages = list(range(pages))[::-1]
-
-    # --- rows -------------------------------------------------------------------------------
+    def _zeros(self, count: int, *sizes: int) -> Tensor:
+        layers, heads = self.shape.layers, self.shape.heads
+        return torch.zeros(layers, count, heads, *sizes, dtype=self.dtype, device=self.device)
 
     def earliest(self, row: int) -> int:
-        """The start of the anchor's block; 0 while the anchor is the empty state."""
+        """The start of the anchor's block; 0 while the anchor's state is the empty one."""
         self._require(row)
         anchor = self._anchor[row]
-        return 0 if anchor <= 1 or self.tape == "completion" else anchor * self.block
+        return 0 if anchor <= 1 or self.kind == "completion" else anchor * self.block
+
+    # Rows
 
     def _open(self, row: int) -> None:
-        self._anchor[row], self._tables[row] = 0, {}
+        self._anchor[row] = 0
+        self.tape.open(row)
         if row >= self.states.shape[1]:
-            self.states = _grown(self.states, max(row + 1, 2 * self.states.shape[1]))
+            self.states = grown(self.states, max(row + 1, 2 * self.states.shape[1]))
 
     def _close(self, row: int) -> None:
-        self._free_pages += self._tables.pop(row).values()
         del self._anchor[row]
+        self.tape.close(row)
 
     def _rewind(self, row: int, length: int) -> None:
-        block = length // self.block
-        if block < self._anchor[row]:  # fold again from the start, when the row goes on
-            self._anchor[row] = 0
-        self._drop_pages(row, [b for b in self._tables[row] if b * self.block >= length])
-
-    def _drop_pages(self, row: int, blocks: Sequence[int]) -> None:
-        self._free_pages += [self._tables[row].pop(b) for b in blocks]
-
-    def _page(self, row: int, block: int) -> int:
-        table = self._tables[row]
-        if block not in table:
-            if not self._free_pages:
-                self._grow_pages()
-            table[block] = self._free_pages.pop()
-        return table[block]
-
-    def _grow_pages(self) -> None:
-        old = self.keys.shape[1]
-        new = max(4, 2 * old)
-        self.keys, self.values = _grown(self.keys, new), _grown(self.values, new)
-        self._free_pages += range(old, new)
+        if length // self.block < self._anchor[row]:
+            self._anchor[row] = 0  # folded again from the tape's start when the row goes on
+        self.tape.keep(row, 0, -(-length // self.block))
 
     @torch.inference_mode(False)
     def _copy_rows(self, order: Sequence[int]) -> None:
-        tables = [self._tables[row] for row in order]
-        pages = torch.tensor([p for t in tables for p in t.values()], dtype=torch.long)
-        states, keys, values = self.states, self.keys, self.values
         self._anchor = {i: self._anchor[row] for i, row in enumerate(order)}
-        self._allocate(rows=0, pages=0)
-        self.states = states[:, torch.tensor(order, dtype=torch.long, device=self.device)]
-        self.keys, self.values = (t[:, pages.to(self.device)] for t in (keys, values))
-        numbers = iter(range(len(pages)))
-        self._tables = {i: {b: next(numbers) for b in t} for i, t in enumerate(tables)}
+        self.states = self.states[:, torch.tensor(order, dtype=torch.long, device=self.device)]
+        self.tape.select(order)
 
-    # --- a pass -----------------------------------------------------------------------------
+    # A pass: begin, one call of `retention` per layer, end
 
     def _reserve(self, layout: PackedRows) -> None:
-        self._discard()
-        self._commit(layout)
-        if not layout.rows:
-            return
-        ends = zip(layout.rows, layout.starts, layout.counts, strict=True)
-        slack = max(1, self.max_draft)
-        self._next_anchor = {r: max(s, s + c - slack) // self.block for r, s, c in ends}
-        anchors = list(self._next_anchor.values())
-        self._plan = WavePlan.of(layout, anchors, self.block, self.device)
-        self._read = self._entry(self._plan)
-
-    def _discard(self) -> None:
-        self._plan: WavePlan | None = None
-        self._read: _Entry | None = None
-        self._next_anchor: dict[int, int] = {}
-        self._pending: list[tuple[int, Tensor, Tensor]] = []
-
-    def end(self) -> None:
-        """Close the pass; anchors that moved inside it are stored now."""
-        super().end()
-        for layer, rows, states in self._pending:
-            self.states[layer].index_copy_(0, rows, states)
-        self._anchor |= self._next_anchor
-        self._trim(self._next_anchor)
-        self._discard()
-
-    def cancel(self) -> None:
-        """Drop a pass that failed: anchors stay where they were."""
-        super().cancel()
-        self._discard()
-
-    def _trim(self, rows: Iterable[int]) -> None:
-        """Let go of the tape that no reachable length needs."""
-        if self.tape == "completion":
-            return
-        for row in rows:
-            first = self._anchor[row] - 1
-            self._drop_pages(row, [b for b in self._tables[row] if b < first])
-
-    def _commit(self, layout: PackedRows) -> None:
-        """Move each row's anchor to the block that its committed length has entered."""
+        self._pass = None
         for row, start in zip(layout.rows, layout.starts, strict=True):
             while self._anchor[row] < start // self.block:
                 self._fold(row)
         self._trim(layout.rows)
+        if layout.rows:
+            self._pass = self._planned(layout)
 
     def _fold(self, row: int) -> None:
         """Move the anchor of ``row`` one block on, in all layers at once."""
@@ -209,30 +164,61 @@ class RetentionRowCache(RecurrentRowCache):
             state = self.states[:, row]
             if anchor == 1:
                 state.zero_()
-            page = self._tables[row][anchor - 1]
-            state.copy_(block_fold(state, self.keys[:, page], self.values[:, page], self.tables))
+            page = self.tape.page(row, anchor - 1)
+            keys, values = self.tape.keys[:, page], self.tape.values[:, page]
+            state.copy_(block_fold(state, keys, values, self.decay))
         self._anchor[row] = anchor + 1
 
-    def _entry(self, plan: WavePlan) -> _Entry:
+    def _trim(self, rows: Iterable[int]) -> None:
+        """Let go of the tape that no reachable length needs."""
+        if self.kind == "draft":
+            for row in rows:
+                self.tape.keep(row, self._anchor[row] - 1)
+
+    def end(self) -> None:
+        """Close the pass; anchors that moved inside it are stored now."""
+        super().end()
+        if self._pass is None:
+            return
+        for layer, rows, states in self._pass.moved:
+            self.states[layer].index_copy_(0, rows, states)
+        self._anchor |= self._pass.anchors
+        self._trim(self._pass.anchors)
+        self._pass = None
+
+    def cancel(self) -> None:
+        """Drop a pass that failed: anchors stay where they were."""
+        super().cancel()
+        self._pass = None
+
+    def _planned(self, layout: PackedRows) -> _Pass:
+        slack = max(1, self.max_draft)
+        anchors = {
+            row: max(start, start + count - slack) // self.block
+            for row, start, count in zip(layout.rows, layout.starts, layout.counts, strict=True)
+        }
+        plan = WavePlan.of(layout, list(anchors.values()), self.block, self.device)
         kept = [
-            (i, row, block)
-            for i, (row, block) in enumerate(plan.members())
-            if self.tape == "completion" or block >= self._next_anchor[row] - 1
+            (segment, self.tape.reserve(row, block))
+            for segment, (row, block) in enumerate(plan.members())
+            if self.kind == "completion" or block >= anchors[row] - 1
         ]
-        pages = [self._page(row, block) for _, row, block in kept]
-        spans, size = plan.spans, (-1, 1, 1, 1)
-        held = [span.start % self.block for span in spans]
-        first = torch.tensor([span.first for span in spans], device=self.device).view(size)
-        offsets = torch.arange(self.block, device=self.device).view(1, 1, -1, 1)
-        young = min(span.first for span in spans)
-        return _Entry(
-            has_state=first >= 2 if young < 2 else None,
-            before=self._index([self._tables[s.row].get(s.first - 1, 0) for s in spans]),
-            has_before=first >= 1 if young < 1 else None,
-            current=self._index([self._tables[s.row].get(s.first, 0) for s in spans]),
-            old=offsets < self._index(held).view(size),
-            written=self._index([i for i, _, _ in kept]),
-            pages=self._index(pages),
+        spans = plan.spans
+        first, held = (
+            self._index(numbers).view(-1, 1, 1, 1)
+            for numbers in ([s.first for s in spans], [s.start % self.block for s in spans])
+        )
+        youngest = min(s.first for s in spans)
+        return _Pass(
+            plan=plan,
+            anchors=anchors,
+            before=self._index([self.tape.page(s.row, s.first - 1) for s in spans]),
+            has_before=first >= 1 if youngest < 1 else None,
+            current=self._index([self.tape.page(s.row, s.first) for s in spans]),
+            old=torch.arange(self.block, device=self.device).view(1, 1, -1, 1) < held,
+            has_state=first >= 2 if youngest < 2 else None,
+            written=self._index([segment for segment, _ in kept]),
+            pages=self._index([page for _, page in kept]),
         )
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
@@ -250,47 +236,40 @@ class RetentionRowCache(RecurrentRowCache):
         Returns:
             ``[total, H, d_v]``, differentiable with respect to q, k and v.
         """
-        if self._plan is None or self._read is None:
+        run = self._pass
+        if run is None:  # a rectangle of padding only
             return torch.zeros_like(v)
-        plan, entry = self._plan, self._read
-        queries, keys, values = (self._blocks(x, plan) for x in (q, k, v))
-        before = []
-        for tape, blocks in ((self.keys[layer], keys), (self.values[layer], values)):
-            blocks[plan.waves[0].segments] += _only(tape[entry.current], entry.old)
-            before.append(_only(tape[entry.before], entry.has_before))
-            tape.index_copy_(0, entry.pages, blocks.detach()[entry.written])
-        state = _only(self.states[layer, plan.rows], entry.has_state)
+        queries, keys, values = (self._blocks(x, run.plan) for x in (q, k, v))
+        before_k = self._continue(run, self.tape.keys[layer], keys)
+        before_v = self._continue(run, self.tape.values[layer], values)
+        state = _only(self.states[layer, run.plan.rows], run.has_state)
         if torch.is_grad_enabled():
             state = state.clone()  # the graph keeps it, a later pass moves it
-        outputs = self._run(layer, queries, [keys, values], before, state)
-        return outputs.transpose(1, 2)[plan.place]
+        outputs = self._run_waves(
+            layer, run, queries, (keys, values), (before[0], before[1]), state
+        )
+        return outputs.transpose(1, 2)[run.plan.place]
+
+    def _run_waves(
+        self, layer: int, run: _Pass, blocks: tuple[Tensor, Tensor, Tensor], front: _Front
+    ) -> Tensor:
+        """Outputs of all segments ``[segments, H, L, d_v]``, wave after wave."""
+        outputs: list[Tensor] = []
+        for wave in run.plan.waves:
+            if outputs:
+                front = front.after(k, v, wave.carry, self.decay)
+            q, k, v = (x[wave.segments] for x in blocks)
+            y = block_output(q, *front.window(k, v), self.decay)
+            outputs.append(y + block_read(q, front.state, self.decay))
+            if len(wave.kept):
+                run.moved.append((layer, wave.kept_rows, front.state.detach()[wave.kept]))
+        return torch.cat(outputs)
 
     def _blocks(self, x: Tensor, plan: WavePlan) -> Tensor:
         """Packed tokens ``[total, H, d]`` at their places in blocks ``[segments, H, L, d]``."""
         blocks = x.new_zeros(plan.segments, x.shape[1], self.block, x.shape[2])
         blocks.transpose(1, 2)[plan.place] = x
         return blocks
-
-    def _run(
-        self, layer: int, q: Tensor, blocks: list[Tensor], before: list[Tensor], state: Tensor
-    ) -> Tensor:
-        """Outputs of all segments ``[segments, H, L, d_v]``, wave after wave."""
-        outputs, current = [], before
-        for depth, wave in enumerate(self._plan.waves if self._plan else ()):
-            if depth:
-                state, *before = (_take(x, wave.carry) for x in (state, *before))
-                state = block_fold(state, *before, self.tables)
-                before = [_take(x, wave.carry) for x in current]
-            current = [x[wave.segments] for x in blocks]
-            window = [torch.cat(pair, 2) for pair in zip(before, current, strict=True)]
-            queries = q[wave.segments]
-            outputs.append(
-                block_output(queries, window[0], window[1], self.tables)
-                + block_read(queries, state, self.tables)
-            )
-            if len(wave.kept):
-                self._pending.append((layer, wave.kept_rows, state.detach()[wave.kept]))
-        return torch.cat(outputs)
 
 
 def _only(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -300,11 +279,3 @@ def _only(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _take(x: Tensor, places: Tensor | None) -> Tensor:
     return x if places is None else x[places]
-
-
-@torch.inference_mode(False)
-def _grown(x: Tensor, size: int) -> Tensor:
-    """``x`` with room for ``size`` entries in dim 1."""
-    larger = x.new_zeros(x.shape[0], size, *x.shape[2:])
-    larger[:, : x.shape[1]] = x
-    return larger

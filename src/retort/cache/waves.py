@@ -8,7 +8,6 @@ crosses a block), a prefill of T tokens is T/L waves, for all rows at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from torch import Tensor
 from retort.cache.rows import PackedRows
 
 
-class RowSpan(NamedTuple):
+@dataclass(frozen=True, order=True)
+class RowSpan:
     """One row of a pass: its blocks first..last, and where its anchor will be after the pass."""
 
     row: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from retort.cache.recurrent import Feed
-from retort.cache.retention import RetentionRowCache, RetentionShape, Tape
+from retort.cache.retention import RetentionRowCache, RetentionShape, TapeKind
 from retort.errors import ConfigurationError
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
 from retort.ops.clock import Clock
@@ -94,9 +94,8 @@ class DenseRetNetConfig(PreTrainedConfig):
         if self.query_key_dim is None:
             self.query_key_dim = self.hidden_size // 2
         super().__post_init__(**kwargs)
-        for wrong, message in self._faults():
-            if wrong:
-                raise ConfigurationError(message)
+        for fault in self._faults():
+            raise ConfigurationError(fault)
 
     @property
     def value_dim(self) -> int:
@@ -108,45 +107,26 @@ class DenseRetNetConfig(PreTrainedConfig):
         """Width of queries and keys over all heads."""
         return self.query_key_dim or 0
 
-    def _faults(self) -> list[tuple[bool, str]]:
-        heads, gates = self.num_attention_heads, []
-        for name in ("intermediate_k_select_scale", "intermediate_v_select_scale"):
-            scale = getattr(self, name)
-            fits = 1 <= scale <= self.hidden_size
-            gates.append(
-                (not fits, f"{name}={scale} must lie in 1..hidden_size={self.hidden_size}")
+    def _faults(self) -> Iterator[str]:
+        heads, keys, values = self.num_attention_heads, self.key_dim, self.value_dim
+        for name in ("num_attention_heads", "num_hidden_layers", "chunk_size"):
+            if getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must be at least 1"
+        for name in ("dense_block_layers", "mlp_intermediate_size"):
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name)} must be 0 (none) or more"
+        if keys % heads or values % heads:
+            yield (
+                f"num_attention_heads={heads} does not divide query_key_dim={keys} and "
+                f"hidden_size * v_factor={values}"
             )
-        return [
-            (heads < 1, f"num_attention_heads={heads} must be at least 1"),
-            (
-                self.num_hidden_layers < 1,
-                f"num_hidden_layers={self.num_hidden_layers} must be at least 1",
-            ),
-            (
-                bool(self.key_dim % max(heads, 1) or self.value_dim % max(heads, 1)),
-                f"num_attention_heads={heads} does not divide query_key_dim={self.key_dim} and "
-                f"hidden_size * v_factor={self.value_dim}",
-            ),
-            (
-                self.key_dim // max(heads, 1) % 2 == 1 or self.key_dim < 2,
-                f"query_key_dim / num_attention_heads = {self.key_dim // max(heads, 1)} is odd or "
-                "too small: rotary needs pairs",
-            ),
-            (
-                self.dense_block_layers < 0,
-                f"dense_block_layers={self.dense_block_layers} must be 0 (plain RetNet) or more",
-            ),
-            (
-                self.mlp_intermediate_size < 0,
-                f"mlp_intermediate_size={self.mlp_intermediate_size} < 0",
-            ),
-            (self.chunk_size < 1, f"chunk_size={self.chunk_size} must be at least 1"),
-            (
-                self.retention_form not in Form.__args__,  # type: ignore[attr-defined]
-                f"retention_form={self.retention_form!r} is none of {Form.__args__}",  # type: ignore[attr-defined]
-            ),
-            *gates,
-        ]
+        if keys < heads or keys // heads % 2:
+            yield f"query_key_dim / num_attention_heads = {keys // heads} must be even (rotary)"
+        for name in ("intermediate_k_select_scale", "intermediate_v_select_scale"):
+            if not 1 <= getattr(self, name) <= self.hidden_size:
+                yield f"{name}={getattr(self, name)} is not in 1..hidden_size={self.hidden_size}"
+        if self.retention_form not in get_args(Form):
+            yield f"retention_form={self.retention_form!r} is none of {get_args(Form)}"
 
 
 @dataclass(frozen=True)
@@ -284,7 +264,7 @@ class DenseRetNetPreTrainedModel(PreTrainedModel):
         heads = c.num_attention_heads
         return RetentionShape(c.num_hidden_layers, heads, c.key_dim // heads, c.value_dim // heads)
 
-    def new_row_cache(self, tape: Tape = "draft", max_draft: int = 16) -> RetentionRowCache:
+    def new_row_cache(self, tape: TapeKind = "draft", max_draft: int = 16) -> RetentionRowCache:
         """An empty cache for this model, for packed passes or as `past_key_values`.
 
         Args:
@@ -293,17 +273,6 @@ class DenseRetNetPreTrainedModel(PreTrainedModel):
             max_draft: see ``tape``.
         """
         return RetentionRowCache(self.retention_shape, self.dtype, self.device, tape, max_draft)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        if generation_config.cache_implementation is not None:
-            raise ConfigurationError(
-                f"cache_implementation={generation_config.cache_implementation!r}: DenseRetNet has "
-                "one kind of cache, leave it unset"
-            )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_row_cache()
 
 
 class DenseRetNetModel(DenseRetNetPreTrainedModel):
@@ -354,7 +323,10 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         starts = _sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), hidden.shape[1])
         with self._pass(hidden, attention_mask, starts, cache) as step:
             hidden = self._run_layers(hidden, step)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden),
+            past_key_values=cache,  # type: ignore[arg-type]  # our own kind of cache
+        )
 
     def _run_layers(self, hidden: Tensor, step: RetentionPass) -> Tensor:
         window = FeatureWindow(self.config.dense_block_layers)
@@ -385,7 +357,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
     def _pass(
         self, x: Tensor, mask: Tensor | None, starts: Tensor | None, cache: RetentionRowCache | None
     ) -> Iterator[RetentionPass]:
-        shape = x.shape[:2]
+        shape = (x.shape[0], x.shape[1])
         dtype = torch.promote_types(x.dtype, torch.float32)
         decay = log_decay(self.config.num_attention_heads, dtype, x.device)
         if cache is None:
@@ -393,7 +365,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
             clock = Clock.of(real, starts, shape, x.device)
             yield self._step(clock.positions, decay, self._uncached(decay, clock))
             return
-        with cache.feed(shape, mask) as feed:
+        with cache.feed(x.shape[:2], mask) as feed:
             yield self._step(feed.positions, decay, _cached(cache, feed))
 
     def _step(self, positions: Tensor, decay: Tensor, mix: Callable) -> RetentionPass:
@@ -485,6 +457,17 @@ class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ConfigurationError(
+                f"cache_implementation={generation_config.cache_implementation!r}: DenseRetNet has "
+                "one kind of cache, leave it unset"
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_row_cache()
 
 
 __all__ = [

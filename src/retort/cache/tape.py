@@ -1,0 +1,77 @@
+"""Pages of one block each that hold the keys and values on the rows' tapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Tape:
+    """One pool of pages for all rows, each page a block of L positions in every layer.
+
+    Args:
+        empty: gives zeros ``[layers, n, H, L, d_k]`` and ``[layers, n, H, L, d_v]`` for n pages.
+    """
+
+    def __init__(self, empty: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+        self.keys, self.values = empty(0)
+        self._table: dict[int, dict[int, int]] = {}
+        self._free: list[int] = []
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Pages that belong to no row."""
+        return tuple(self._free)
+
+    def open(self, row: int) -> None:
+        """Start an empty tape for ``row``."""
+        self._table[row] = {}
+
+    def close(self, row: int) -> None:
+        """Give all pages of ``row`` back."""
+        self._free += self._table.pop(row).values()
+
+    def page(self, row: int, block: int) -> int:
+        """The page of ``block``; 0 where the row has none (its content counts for nothing)."""
+        return self._table[row].get(block, 0)
+
+    def reserve(self, row: int, block: int) -> int:
+        """The page of ``block``, taken from the free ones if the row has none."""
+        table = self._table[row]
+        if block not in table:
+            if not self._free:
+                self._grow()
+            table[block] = self._free.pop()
+        return table[block]
+
+    def keep(self, row: int, first: int, stop: int | None = None) -> None:
+        """Give back the pages of ``row`` outside blocks ``first .. stop − 1``."""
+        table = self._table[row]
+        for block in [b for b in table if b < first or (stop is not None and b >= stop)]:
+            self._free.append(table.pop(block))
+
+    def select(self, order: Sequence[int]) -> None:
+        """Row i becomes a copy of row ``order[i]``; the pool shrinks to what they use."""
+        tables = [self._table[row] for row in order]
+        used = torch.tensor([p for t in tables for p in t.values()], dtype=torch.long)
+        used = used.to(self.keys.device)
+        self.keys, self.values = self.keys[:, used], self.values[:, used]
+        numbers = iter(range(len(used)))
+        self._table = {i: {b: next(numbers) for b in t} for i, t in enumerate(tables)}
+        self._free = []
+
+    def _grow(self) -> None:
+        old = self.keys.shape[1]
+        new = max(4, 2 * old)
+        self.keys, self.values = grown(self.keys, new), grown(self.values, new)
+        self._free += range(old, new)
+
+
+@torch.inference_mode(False)
+def grown(x: Tensor, size: int) -> Tensor:
+    """``x`` with room for ``size`` entries in dim 1, usable in and out of inference mode."""
+    larger = torch.zeros(x.shape[0], size, *x.shape[2:], dtype=x.dtype, device=x.device)
+    larger[:, : x.shape[1]] = x
+    return larger
