@@ -245,16 +245,23 @@ class RetentionRowCache(RecurrentRowCache):
         state = _only(self.states[layer, run.plan.rows], run.has_state)
         if torch.is_grad_enabled():
             state = state.clone()  # the graph keeps it, a later pass moves it
-        outputs = self._run_waves(
-            layer, run, queries, (keys, values), (before[0], before[1]), state
-        )
+        front = _Front(state, before_k, before_v)
+        outputs = self._run_waves(layer, run, (queries, keys, values), front)
         return outputs.transpose(1, 2)[run.plan.place]
+
+    def _continue(self, run: _Pass, tape: Tensor, blocks: Tensor) -> Tensor:
+        """Complete wave 0's blocks from the tape, write the tape, give the blocks before."""
+        before = _only(tape[run.before], run.has_before)
+        blocks[run.plan.waves[0].segments] += _only(tape[run.current], run.old)
+        tape.index_copy_(0, run.pages, blocks.detach()[run.written])
+        return before
 
     def _run_waves(
         self, layer: int, run: _Pass, blocks: tuple[Tensor, Tensor, Tensor], front: _Front
     ) -> Tensor:
         """Outputs of all segments ``[segments, H, L, d_v]``, wave after wave."""
         outputs: list[Tensor] = []
+        q, k, v = blocks
         for wave in run.plan.waves:
             if outputs:
                 front = front.after(k, v, wave.carry, self.decay)
