@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import tiny_gemma2, tiny_llama
 
 from retort.errors import ConfigurationError
 from retort.evaluate.acceptance import acceptance, expected_tokens_per_step, overlap
 from retort.evaluate.predictions import predict
+from tests.evaluate.tiny import tiny_gemma2, tiny_llama
 
 EXAMPLES = [([1, 5, 9], [4, 8, 2, 7, 7, 30, 3]), ([2], [6]), ([3, 3], [11, 12, 13, 14])]
 

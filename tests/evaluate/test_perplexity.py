@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_llama
 
 from retort.errors import ConfigurationError
 from retort.evaluate.perplexity import _windows, completion_perplexity, perplexity, token_nll
+from tests.evaluate.tiny import tiny_llama
 
 
 def tokenize(text: str) -> dict[str, list[int]]:

@@ -14,30 +14,41 @@ ROW, BAR, GROUP_HEAD = 38, 12, 28
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar; ``style`` is 0 for the baseline and 1, 2, … for colours of the page's palette."""
+    """One bar; ``style`` is 0 for the baseline and 1, 2, … for colours of the page's palette.
+
+    ``text`` replaces the value's own digits.
+    """
 
     name: str
     value: float | None
     style: int
+    text: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The value as written beside the bar."""
+        return self.text or number(self.value)
 
 
 @dataclass(frozen=True)
 class BarPlot:
-    """Groups of bars on one scale from zero; a dashed line marks each group's baseline (style 0).
+    """Groups of bars on one scale from zero; a mark across each bar shows its group's baseline.
 
-    A group is a heading ("" for none) and its bars.
+    A group is a heading ("" for none) and its bars; the baseline is the bar of style 0.
+    ``full`` is the value of a full bar, by default the largest one.
     """
 
     key: str
     title: str
     hint: str
     groups: Sequence[tuple[str, Sequence[Bar]]]
+    full: float | None = None
 
 
 def draw(plot: BarPlot) -> Markup:
     """The plot as a ``<figure>``. Its values are written beside the bars and need no table."""
     values = [b.value for _, bars in plot.groups for b in bars if b.value is not None]
-    scale = Scale(0.0, max([*values, 0.0]) or 1.0, LEFT, RIGHT)
+    scale = Scale(0.0, plot.full or max([*values, 0.0]) or 1.0, LEFT, RIGHT)
     parts, top = [], 0
     for heading, bars in plot.groups:
         drawn, top = _group(heading, bars, scale, top)
@@ -65,23 +76,22 @@ def _group(heading: str, bars: Sequence[Bar], scale: Scale, top: int) -> tuple[M
     if heading:
         parts.append(element("text", heading, class_="group", x=LEFT, y=top + 17))
         top += GROUP_HEAD
-    first = top
+    baseline = next((b.value for b in bars if b.style == 0 and b.value), None)
     for bar in bars:
         parts.append(_bar(bar, scale, top))
+        if baseline is not None and bar.style:
+            at, y = scale(baseline), top + 19
+            parts.append(element("line", class_="baseline", x1=at, x2=at, y1=y - 3, y2=y + BAR + 3))
         top += ROW
-    baseline = next((b.value for b in bars if b.style == 0 and b.value), None)
-    if baseline is not None and len(bars) > 1:
-        at = scale(baseline)
-        parts.append(element("line", class_="reference", x1=at, x2=at, y1=first + 14, y2=top - 2))
     return element("g", parts), top + 6
 
 
 def _bar(bar: Bar, scale: Scale, top: int) -> Markup:
-    width = 0.0 if bar.value is None else max(1.0, scale(bar.value) - LEFT)
+    width = max(1.0, scale(bar.value) - LEFT) if bar.value else 0.0
     return element(
         "g",
         element("text", bar.name, x=LEFT, y=top + 13),
-        element("text", number(bar.value), class_="value", x=RIGHT, y=top + 13),
+        element("text", bar.shown, class_="value", x=RIGHT, y=top + 13),
         element("rect", class_="track", x=LEFT, y=top + 19, width=RIGHT - LEFT, height=BAR, rx=3),
         element("rect", class_="bar", x=LEFT, y=top + 19, width=round(width, 1), height=BAR, rx=3),
         class_=f"series s{bar.style}",
@@ -89,9 +99,7 @@ def _bar(bar: Bar, scale: Scale, top: int) -> Markup:
 
 
 def _describe(plot: BarPlot) -> str:
-    told = [
-        ", ".join(f"{bar.name}: {number(bar.value)}" for bar in bars) for _, bars in plot.groups
-    ]
+    told = [", ".join(f"{bar.name}: {bar.shown}" for bar in bars) for _, bars in plot.groups]
     headed = [
         f"{head}: {text}" if head else text
         for (head, _), text in zip(plot.groups, told, strict=True)

@@ -21,7 +21,11 @@ _HEAD = (
     "outputs equal",
     "tokens",
     "seconds",
-    "note",
+)
+_PLOTS = (
+    ("tokens_per_second", "Tokens per second", "All rows of the batch together."),
+    ("tokens_per_step", "Tokens per step", "Gained by one row in one step."),
+    ("padding_share", "Padding", "Share of the computed positions that hold no token."),
 )
 
 
@@ -29,17 +33,17 @@ def decoding_section(rows: Sequence[DecodingRow]) -> Markup:
     """Bars, verdicts and the table of all measured numbers."""
     if not rows:
         return section("decoding", "Decoding", missing("Decoding speed"))
-    plots = [
-        _plot("speed", "Tokens per second", "All rows of the batch together.", rows),
-        _plot("per-step", "Tokens per step", "Gained by one row in one step.", rows),
-    ]
+    noted = any(row.note for row in rows)
+    cells = [[*_cells(row), row.note] if noted else _cells(row) for row in rows]
     verdicts = [element("li", text) for text in sentences(rows)]
     return section(
         "decoding",
         "Decoding",
         element("ul", verdicts, class_="verdicts"),
-        element("div", plots, class_="grid-plots"),
-        table(_HEAD, [_cells(row) for row in rows], "Decoding, as measured"),
+        element("div", [_plot(*kind, rows) for kind in _PLOTS], class_="grid-plots"),
+        table(
+            [*_HEAD, "note"] if noted else _HEAD, cells, "Decoding, as measured", (1, len(_HEAD))
+        ),
     )
 
 
@@ -92,19 +96,21 @@ def _name(row: DecodingRow) -> str:
     return f"At batch {row.batch_size}, {row.arm}"
 
 
-def _plot(key: str, title: str, hint: str, rows: Sequence[DecodingRow]) -> Markup:
+def _plot(value: str, title: str, hint: str, rows: Sequence[DecodingRow]) -> Markup:
     arms = list(dict.fromkeys(row.arm for row in rows if not row.arm.startswith("plain")))
     styles = {arm: 1 + i % 6 for i, arm in enumerate(arms)}
     groups = []
     for size in dict.fromkeys(row.batch_size for row in rows):
         mine = [row for row in rows if row.batch_size == size]
-        drawn = [Bar(row.arm, _value(key, row), styles.get(row.arm, 0)) for row in mine]
+        drawn = [_bar(row, value, styles.get(row.arm, 0)) for row in mine]
         groups.append((f"batch {size}", drawn))
-    return bars.draw(BarPlot(f"decoding-{key}", title, hint, groups))
+    full = 1.0 if value == "padding_share" else None
+    return bars.draw(BarPlot(f"decoding-{value}", title, hint, groups, full))
 
 
-def _value(key: str, row: DecodingRow) -> float | None:
-    return row.tokens_per_second if key == "speed" else row.tokens_per_step
+def _bar(row: DecodingRow, value: str, style: int) -> Bar:
+    found: float | None = getattr(row, value)
+    return Bar(row.arm, found, style, percent(found) if value == "padding_share" else "")
 
 
 def _cells(row: DecodingRow) -> list[str]:
@@ -120,11 +126,12 @@ def _cells(row: DecodingRow) -> list[str]:
         equal,
         number(row.tokens),
         number(row.seconds),
-        row.note,
     ]
 
 
 def _accepted(row: DecodingRow) -> str:
     if row.accepted_tokens is None or row.draft_tokens is None:
         return NOT_MEASURED
+    if not row.draft_tokens:
+        return "no drafts"
     return f"{row.accepted_tokens:,} of {row.draft_tokens:,}"

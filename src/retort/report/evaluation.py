@@ -30,7 +30,9 @@ def evaluation_section(rows: Sequence[EvaluationRow]) -> Markup:
         "Before and after",
         element("div", plots, class_="grid-plots"),
         [missing(title) for title in lacking],
-        table(_HEAD, [_cells(row) for row in rows], "The student before and after training"),
+        table(
+            _HEAD, [_cells(row) for row in rows], "The student before and after training", (1, 6)
+        ),
     )
 
 

@@ -58,21 +58,24 @@ def element(tag: str, *children: Child, **attributes: Any) -> Markup:
 
 
 def table(
-    head: Sequence[str], rows: Iterable[Sequence[Child]], caption: str, numeric_from: int = 1
+    head: Sequence[str],
+    rows: Iterable[Sequence[Child]],
+    caption: str,
+    numeric: tuple[int, int] = (1, 99),
 ) -> Markup:
     """A table in a box that scrolls sideways on narrow screens.
 
-    Cells from column ``numeric_from`` on are aligned as numbers; the first cell heads its row.
+    Columns of the range ``numeric`` are aligned as numbers; the first cell heads its row.
     """
 
     def line(cells: Sequence[Child]) -> Markup:
         made = [element("th", cells[0], scope="row")]
         for i, cell in enumerate(cells[1:], start=1):
-            made.append(element("td", cell, class_="n" if i >= numeric_from else None))
+            made.append(element("td", cell, class_="n" if i in range(*numeric) else None))
         return element("tr", made)
 
     heads = [
-        element("th", name, scope="col", class_="n" if i >= numeric_from else None)
+        element("th", name, scope="col", class_="n" if i in range(*numeric) else None)
         for i, name in enumerate(head)
     ]
     content = element(

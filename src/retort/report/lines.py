@@ -25,6 +25,12 @@ class Series:
     points: Sequence[Point]
     band: Sequence[tuple[int, float, float]] = ()
 
+    def text(self, value: float | None) -> str:
+        """A value of this line for people; counts that were logged as floats show as counts."""
+        if value is not None and all(v == v // 1 for _, v in self.points):
+            return number(int(value))
+        return number(value)
+
 
 @dataclass(frozen=True)
 class LinePlot:
@@ -48,7 +54,9 @@ def draw(plot: LinePlot) -> Markup:
         element(
             "figcaption",
             element("h4", plot.title),
-            element("span", "last ", element("b", number(alone.points[-1][1]))) if alone else None,
+            element("span", "last ", element("b", alone.text(alone.points[-1][1])))
+            if alone
+            else None,
             element("p", plot.hint + gaps, class_="hint"),
         ),
         None if alone else _legend(plot),
@@ -81,9 +89,9 @@ def _svg(plot: LinePlot) -> Markup:
         element("title", plot.title, id=title),
         element("desc", _describe(plot), id=desc),
         _axes(x, y),
-        [_reference(y, value, label) for value, label in plot.references],
         [_band(s, i, x, y) for i, s in enumerate(series, start=1) if s.band],
         [_line(s, i, x, y) for i, s in enumerate(series, start=1)],
+        [_reference(y, value, label) for value, label in plot.references],
         element("line", class_="cursor", y1=TOP, y2=BOTTOM, hidden=True),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
@@ -111,7 +119,7 @@ def _axes(x: Scale, y: Scale) -> Markup:
         at = y(value)
         parts.append(element("line", class_="grid", x1=LEFT, x2=RIGHT, y1=at, y2=at))
         parts.append(element("text", tick_text(value), class_="ytick", x=LEFT - 7, y=at + 4))
-    for value in ticks(x.low, x.high):
+    for value in ticks(x.low, x.high, 6):
         if value == round(value):
             at = x(value)
             parts.append(element("line", class_="axis", x1=at, x2=at, y1=BOTTOM, y2=BOTTOM + 4))
@@ -162,7 +170,7 @@ def _legend(plot: LinePlot) -> Markup:
             "li",
             element("i", class_=f"key s{i}", aria_hidden="true"),
             f"{s.name} ",
-            element("b", number(s.points[-1][1])),
+            element("b", s.text(s.points[-1][1])),
         )
         for i, s in enumerate(plot.series, start=1)
     ]
@@ -176,7 +184,7 @@ def _hover_data(series: Sequence[Series], x: Scale, y: Scale) -> str:
         for step, value in s.points:
             columns.setdefault(step, {})[i] = value
     shown = [
-        [x(step), step, [[i, number(value)] for i, value in sorted(columns[step].items())]]
+        [x(step), step, [[i, series[i].text(v)] for i, v in sorted(columns[step].items())]]
         for step in sorted(columns)
     ]
     data = {"names": [s.name for s in series], "columns": shown}
@@ -202,7 +210,7 @@ def _table(plot: LinePlot) -> Markup:
     part = f", every {every}th record" if every > 1 else ""
 
     def cell(i: int, step: int) -> str:
-        text = number(values[i].get(step))
+        text = plot.series[i].text(values[i].get(step))
         low_high = bands[i].get(step)
         return f"{text} ({number(low_high[0])} to {number(low_high[1])})" if low_high else text
 

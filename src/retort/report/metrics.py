@@ -39,7 +39,7 @@ def _one(key: str, metric: str, title: str, hint: str, **more: object) -> Panel:
 
 GROUPS: tuple[Group, ...] = (
     Group(
-        "Loss terms",
+        "Loss terms and acceptance",
         (
             Panel(
                 "loss",
@@ -65,11 +65,6 @@ GROUPS: tuple[Group, ...] = (
                     ("tv", "total variation"),
                 ),
             ),
-        ),
-    ),
-    Group(
-        "The student as its teacher's drafter",
-        (
             Panel(
                 "acceptance",
                 "Acceptance α",
@@ -120,7 +115,7 @@ GROUPS: tuple[Group, ...] = (
                 "dac-bounds",
                 "Bounds of the kept band",
                 "Quantiles of the teacher's distribution between which classes are kept.",
-                bands=(("dac/lower", "dac/upper", "kept band"),),
+                bands=(("dac/lower", "dac/upper", "band"),),
             ),
             _one(
                 "dac-coverage",
@@ -141,7 +136,7 @@ GROUPS: tuple[Group, ...] = (
         ),
     ),
     Group(
-        "Where time and text come from",
+        "Time, sources and optimiser",
         (
             Panel(
                 "time",
@@ -163,11 +158,6 @@ GROUPS: tuple[Group, ...] = (
             ),
             _one("phi", "phi", "φ", "Probability of student text in the adaptive scheduler."),
             _one("span-pairs", "span/pairs", "Span pairs", "Neighbouring tokens inside a span."),
-        ),
-    ),
-    Group(
-        "Optimiser",
-        (
             _one("lr", "learning_rate", "Learning rate", "Step size of the schedule."),
             _one("grad", "grad_norm", "Gradient norm", "Before clipping."),
         ),

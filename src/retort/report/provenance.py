@@ -9,6 +9,7 @@ from retort.report.html import Markup, details, element, missing, section, table
 from retort.report.records import Provenance
 
 _SECRET = ("hub_token", "api_key", "password", "secret")
+_TEXT = (0, 0)  # no column of numbers
 
 
 def provenance_section(provenance: Provenance) -> Markup:
@@ -26,7 +27,7 @@ def provenance_section(provenance: Provenance) -> Markup:
     return section(
         "provenance",
         "Provenance",
-        table(["what", "value"], shown, "How it was started", 9) if shown else None,
+        table(["what", "value"], shown, "How it was started", _TEXT) if shown else None,
         element("div", tables, class_="grid-plots") if tables else None,
         [details(f"Arguments ({len(provenance.arguments)})", *arguments)] if arguments else None,
         [missing(name.capitalize()) for name in lacking],
@@ -35,7 +36,7 @@ def provenance_section(provenance: Provenance) -> Markup:
 
 def _values(name: str, values: dict[str, Any]) -> Markup:
     rows = [[key, element("code", _shown(key, value))] for key, value in values.items()]
-    return table(["name", "value"], rows, name, 9)
+    return table(["name", "value"], rows, name, _TEXT)
 
 
 def _shown(key: str, value: Any) -> str:

@@ -29,7 +29,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
         return [low]
     step = _round_step((high - low) / max(1, count - 1))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{i * step:.10g}") for i in range(first, last + 1)]
+    decimals = 2 - math.floor(math.log10(step))
+    return [round(i * step, decimals) for i in range(first, last + 1)]
 
 
 def widen(low: float, high: float, count: int = 5) -> tuple[float, float]:
@@ -47,13 +48,14 @@ def number(value: float | int | None, digits: int = 3) -> str:
         return NOT_MEASURED
     if not math.isfinite(value):
         return str(value)
-    if isinstance(value, int) or (value == round(value) and abs(value) >= 10 ** (digits - 1)):
-        return f"{round(value):,}"
     size = abs(value)
-    if value and (size < 1e-3 or size >= 1e7):
-        return f"{value:.{digits - 1}e}"
-    decimals = 0 if size >= 10 ** (digits - 1) else digits - 1 - _magnitude(size)
-    return f"{value:,.{max(0, decimals)}f}"
+    if isinstance(value, int) or not value or size >= 10 ** (digits - 1):
+        text = f"{round(size):,}" if size < 1e7 or isinstance(value, int) else f"{size:.2e}"
+    elif size < 1e-4:
+        text = f"{size:.{digits - 1}e}"
+    else:
+        text = f"{size:.{digits - 1 - math.floor(math.log10(size))}f}"
+    return f"−{text}" if value < 0 else text
 
 
 def tick_text(value: float) -> str:
@@ -66,10 +68,6 @@ def tick_text(value: float) -> str:
 def percent(share: float | None) -> str:
     """A share in [0, 1] as per cent; None as not measured."""
     return NOT_MEASURED if share is None else f"{100 * share:.1f} %"
-
-
-def _magnitude(size: float) -> int:
-    return math.floor(math.log10(size)) if size >= 1 else 0
 
 
 def _round_step(rough: float) -> float:

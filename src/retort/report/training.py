@@ -75,7 +75,7 @@ def _between(low: str, high: str, name: str, columns: Columns, used: set[str]) -
     area = _band(low, high, columns, used)
     if not area:
         return []
-    return [Series(f"{name}, upper", columns[high], area), Series(f"{name}, lower", columns[low])]
+    return [Series(f"{name}: upper", columns[high], area), Series(f"{name}: lower", columns[low])]
 
 
 def _band(low: str, high: str, columns: Columns, used: set[str]) -> list[tuple[int, float, float]]:
