@@ -46,7 +46,7 @@ class DacSettings:
     """`learned`: a token whose band keeps less falls back to the full band ..."""
     max_hidden: float = 0.1
     """... and so does one whose band hides more than this share of its KL."""
-    dual_rate: float = 2.0
+    dual_rate: float = 0.1
     dual_max: float = 20.0
 
     def __post_init__(self) -> None:
@@ -200,16 +200,24 @@ def target_slots(rows: TokenRows, top_k: int) -> Slots:
     A target inside the top K marks its slot; outside, it takes slot K + 1 (once). A row that does
     not count, or a target beyond the shared vocabulary, marks nothing.
     """
-    known = rows.width if rows.support is None else rows.support.shape[1]
-    ids = rows.teacher.topk(min(top_k, known, rows.width), dim=-1).indices
+    ids = _likeliest(rows, top_k)
     inside = (rows.targets >= 0) & (rows.targets < rows.width)
     target = rows.targets.where(inside, -1)[:, None]
-    found = ids == target
+    found = (ids == target) & (ids >= 0)
     extra = target.masked_fill(found.any(1, keepdim=True), -1)
     ids = torch.cat([ids, extra], 1)
     teacher, teacher_rest = split(rows.teacher, ids)
     student, student_rest = split(rows.student, ids)
     return Slots(teacher, student, teacher_rest, student_rest, torch.cat([found, extra >= 0], 1))
+
+
+def _likeliest(rows: TokenRows, top_k: int) -> Tensor:
+    """The teacher's sorted likeliest ids [N, K]; −1 where a top-k signal knows fewer."""
+    if rows.support is None:
+        return rows.teacher.topk(min(top_k, rows.width), dim=-1).indices
+    known, _ = split(rows.teacher, rows.support)
+    order = known.topk(min(top_k, known.shape[1]), dim=-1).indices
+    return rows.support.gather(1, order)
 
 
 def band_share(slots: Slots, lower: Tensor | float, upper: Tensor | float, tau: float) -> Tensor:
@@ -235,9 +243,10 @@ def clipped_kl(slots: Slots, keep: Tensor) -> Tensor:
 
 
 def coverage(slots: Slots, keep: Tensor) -> Tensor:
-    """Share [N] of the top-K's mass (the target's extra slot left out) that m keeps."""
+    """Share [N] of the top-K's mass (the target's extra slot left out) that m keeps; 1 of none."""
     p = slots.teacher[:, :-1].exp()
-    return (keep[:, :-1] * p).sum(1) / p.sum(1)
+    hidden = ((1 - keep[:, :-1]) * p).sum(1)
+    return 1 - hidden / p.sum(1).clamp_min(torch.finfo(p.dtype).tiny)
 
 
 def _check_network(settings: DacSettings, network: BandNetwork | None) -> None:
