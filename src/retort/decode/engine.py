@@ -199,6 +199,10 @@ class Engine:
         """Let a held row go."""
         self._free(self._known(request_id))
 
+    def row(self, request_id: str) -> int:
+        """The row of `target` that holds a request, e.g. to score its text where it lies."""
+        return self._known(request_id).row
+
     def abort(self, request_id: str) -> RequestOutput:
         """Stop a request now and return what it has."""
         request = self._known(request_id)
