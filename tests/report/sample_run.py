@@ -3,11 +3,12 @@
 import math
 import random
 
+from retort.provenance import Provenance
 from retort.report import (
     Correction,
     DecodingRow,
     EvaluationRow,
-    Provenance,
+    Heading,
     RunRecords,
     Sample,
 )
@@ -100,19 +101,23 @@ CORRECTIONS = [
     Correction("Name a colour.", ["Blue", "\n", "\n", "\n"], 1, "<|im_end|>", step=90),
 ]
 
+HEADING = Heading(
+    "SmolLM2-135M-Instruct → DenseRetNet",
+    "A student of 3 layers over the teacher's embedding and head, taught by multi-granularity "
+    "semantic revision.",
+)
+
 PROVENANCE = Provenance(
-    title="SmolLM2-135M-Instruct → DenseRetNet",
-    description="A student of 3 layers over the teacher's embedding and head, taught by "
-    "multi-granularity semantic revision.",
-    command="retort demo --output run",
-    git_commit="0123456789abcdef0123456789abcdef01234567",
     arguments={"method": "mgsr", "learning_rate": 6e-4, "max_steps": 120, "hub_token": "hf_x"},
-    versions={"retort": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11"},
-    seeds={"seed": 0, "data_seed": None},
-    machine={"cpu": "x86_64", "cores": 2, "memory_gib": 7.6, "accelerator": "none"},
+    seeds={"seed": 0, "data": 1},
+    versions={"retort-lm": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+    commit="0123456789abcdef0123456789abcdef01234567",
+    platform={"system": "Linux", "processor": "a CPU", "python": "3.11.2", "cores": 2},
+    time="2026-01-02T03:04:05+00:00",
+    command=["retort", "demo", "--output", "a run"],
 )
 
 
 def records() -> RunRecords:
     """All parts of the imaginary run."""
-    return RunRecords(training(), DECODING, EVALUATION, SAMPLES, CORRECTIONS, PROVENANCE)
+    return RunRecords(training(), DECODING, EVALUATION, SAMPLES, CORRECTIONS, PROVENANCE, HEADING)

@@ -6,8 +6,9 @@ import math
 import pytest
 
 from retort.errors import ConfigurationError
+from retort.provenance import Provenance, write_json
 from retort.report import Correction, DecodingRow, RunRecords, append_training, load, save
-from retort.report.store import read_training, write_atomically
+from retort.report.store import read_training
 from tests.report import sample_run
 
 
@@ -73,6 +74,8 @@ def test_without_a_log_of_ours_the_newest_trainer_state_is_read(tmp_path):
         ("training.jsonl", '{"step": 1}\n{"loss": 2}\n', 'line 2: .*"step"'),
         ("training.jsonl", '{"step": 1}\nnonsense\n', "line 2: not valid JSON"),
         ("provenance.json", '{"seeds": 3}', "provenance.json: 'seeds'"),
+        ("provenance.json", "{}", "provenance.json: .*missing"),
+        ("heading.json", '{"title": 1}', "heading.json: 'title'"),
     ],
 )
 def test_a_record_that_does_not_fit_is_named(tmp_path, name, content, message):
@@ -98,9 +101,7 @@ def test_a_correction_outside_its_tokens_is_refused():
         Correction("", ["a", "b"], 2, "c")
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+def test_what_a_process_collects_about_itself_is_read(tmp_path):
+    collected = Provenance.collect({"method": "sft"}, {"seed": 3})
+    write_json(tmp_path / "provenance.json", collected.to_dict())
+    assert load(tmp_path).provenance == collected

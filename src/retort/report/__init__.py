@@ -10,7 +10,7 @@ from retort.report.records import (
     Correction,
     DecodingRow,
     EvaluationRow,
-    Provenance,
+    Heading,
     RunRecords,
     Sample,
 )
@@ -20,7 +20,7 @@ __all__ = [
     "Correction",
     "DecodingRow",
     "EvaluationRow",
-    "Provenance",
+    "Heading",
     "RunRecords",
     "Sample",
     "append_training",

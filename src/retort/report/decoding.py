@@ -23,8 +23,12 @@ _HEAD = (
     "seconds",
 )
 _PLOTS = (
-    ("tokens_per_second", "Tokens per second", "All rows of the batch together."),
-    ("tokens_per_step", "Tokens per step", "Gained by one row in one step."),
+    ("tokens_per_second", "Tokens per second", "Of all rows together. The mark is plain decoding."),
+    (
+        "tokens_per_step",
+        "Tokens per step",
+        "Gained by a row in a step. The mark is plain decoding.",
+    ),
     ("padding_share", "Padding", "Share of the computed positions that hold no token."),
 )
 

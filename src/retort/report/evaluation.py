@@ -43,7 +43,7 @@ def title_of(row: EvaluationRow) -> str:
 
 def _plot(index: int, row: EvaluationRow) -> Markup:
     better = "Higher is better." if row.higher_is_better else "Lower is better."
-    hint = f"{KNOWN.get(row.metric, ('', ''))[1]} {better}".strip()
+    hint = f"{KNOWN.get(row.metric, ('', ''))[1]} {better} The mark is the value before.".strip()
     drawn = [Bar("before training", row.before, 0), Bar("after training", row.after, 1)]
     if row.reference is not None:
         drawn.append(Bar("teacher", row.reference, 2))

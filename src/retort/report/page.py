@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from retort.errors import ConfigurationError
+from retort.provenance import write_text
 from retort.report.decoding import decoding_section
 from retort.report.evaluation import evaluation_section
 from retort.report.headline import headline
@@ -16,7 +17,7 @@ from retort.report.html import Markup, element, escape
 from retort.report.provenance import provenance_section
 from retort.report.records import RunRecords
 from retort.report.samples import corrections_section, samples_section
-from retort.report.store import load, write_atomically
+from retort.report.store import load
 from retort.report.training import training_section
 
 DEFAULT_NAME = "report.html"
@@ -42,30 +43,29 @@ def build(source: str | Path | RunRecords, out_path: str | Path | None = None) -
             raise ConfigurationError("give out_path to build a report from records in memory")
         out_path = Path(source) / DEFAULT_NAME
     records = source if isinstance(source, RunRecords) else load(source)
-    write_atomically(Path(out_path), render(records))
+    write_text(Path(out_path), render(records))
     return Path(out_path)
 
 
 def render(records: RunRecords) -> str:
     """The page as text. The same records give the same text."""
     template = files("retort.report").joinpath("page.html").read_text("utf-8")
-    title = records.provenance.title or "Retort run"
     parts = {
         "script-hash": _script_hash(template),
-        "title": escape(title),
-        "body": _body(title, records),
+        "title": escape(records.heading.title),
+        "body": _body(records),
     }
     # One pass, so that a run's text that looks like a placeholder stays text.
     return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: parts[match[1]], template)
 
 
-def _body(title: str, records: RunRecords) -> Markup:
-    description = records.provenance.description
+def _body(records: RunRecords) -> Markup:
+    description = records.heading.description
     links = [element("a", name, href=f"#{key}") for key, name in _PARTS]
     head = element(
         "header",
         element("p", "Retort run report", class_="eyebrow"),
-        element("h1", title),
+        element("h1", records.heading.title),
         element("p", description, class_="lead") if description else None,
         headline(records),
         element("nav", links, aria_label="Parts of this report"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retort.errors import ConfigurationError
+from retort.provenance import Provenance
 
 TrainingRecord = dict[str, Any]
 """``{"step": int, "<metric>": float, ...}``"""
@@ -118,17 +119,11 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """What produced the run; every part is optional, values are JSON."""
+class Heading:
+    """What the run is called and a sentence on it, at the top of the page."""
 
-    title: str = ""
+    title: str = "Retort run"
     description: str = ""
-    command: str = ""
-    git_commit: str = ""
-    arguments: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
-    seeds: dict[str, Any] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,4 +135,5 @@ class RunRecords:
     evaluation: list[EvaluationRow] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     corrections: list[Correction] = field(default_factory=list)
-    provenance: Provenance = field(default_factory=Provenance)
+    provenance: Provenance | None = None
+    heading: Heading = field(default_factory=Heading)

@@ -1,8 +1,8 @@
 """Records of a run as files in its folder, and back.
 
 ``training.jsonl``: one `TrainingRecord` a line, appended while training. ``provenance.json``: one
-`Provenance`. ``decoding.json``, ``evaluation.json``, ``samples.json``, ``corrections.json``: lists
-of the records of that name.
+`retort.provenance.Provenance`. ``heading.json``: one `Heading`. ``decoding.json``,
+``evaluation.json``, ``samples.json``, ``corrections.json``: lists of the records of that name.
 
 Without ``training.jsonl`` the log of the newest ``trainer_state.json`` (transformers' Trainer) is
 read. NaN and infinities are written as Python's json does. Lists are written beside and renamed.
@@ -11,18 +11,18 @@ read. NaN and infinities are written as Python's json does. Lists are written be
 from __future__ import annotations
 
 import json
-import os
 import types
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from retort.errors import ConfigurationError
+from retort.provenance import Provenance, write_json, write_text
 from retort.report.records import (
     Correction,
     DecodingRow,
     EvaluationRow,
-    Provenance,
+    Heading,
     RunRecords,
     Sample,
     TrainingRecord,
@@ -30,7 +30,7 @@ from retort.report.records import (
 
 R = TypeVar("R")
 TRAINING = "training.jsonl"
-PROVENANCE = "provenance.json"
+SINGLE: dict[str, type] = {"provenance": Provenance, "heading": Heading}
 LISTS: dict[str, type] = {
     "decoding": DecodingRow,
     "evaluation": EvaluationRow,
@@ -56,12 +56,13 @@ def save(folder: str | Path, records: RunRecords) -> None:
     folder = Path(folder)
     if records.training:
         lines = (json.dumps(record) + "\n" for record in records.training)
-        write_atomically(folder / TRAINING, "".join(lines))
+        write_text(folder / TRAINING, "".join(lines))
     for name in LISTS:
         if rows := getattr(records, name):
-            write_atomically(folder / f"{name}.json", _dump([asdict(row) for row in rows]))
-    if records.provenance != Provenance():
-        write_atomically(folder / PROVENANCE, _dump(asdict(records.provenance)))
+            write_json(folder / f"{name}.json", [asdict(row) for row in rows])
+    for name in SINGLE:
+        if (record := getattr(records, name)) not in (None, Heading()):
+            write_json(folder / f"{name}.json", asdict(record))
 
 
 def load(folder: str | Path) -> RunRecords:
@@ -75,9 +76,9 @@ def load(folder: str | Path) -> RunRecords:
         raise ConfigurationError(f"no run folder at {folder}; give the output_dir of a run")
     parts: dict[str, Any] = {name: _rows(folder, name, kind) for name, kind in LISTS.items()}
     parts["training"] = read_training(folder)
-    path = folder / PROVENANCE
-    if path.is_file():
-        parts["provenance"] = _record(Provenance, _json(path), path.name)
+    for name, kind in SINGLE.items():
+        if (path := folder / f"{name}.json").is_file():
+            parts[name] = _record(kind, _json(path), path.name)
     records = RunRecords(**parts)
     if records == RunRecords():
         raise ConfigurationError(
@@ -104,20 +105,6 @@ def read_training(folder: Path) -> list[TrainingRecord]:
         merged[step] = merged.get(step, {}) | record
         last = step
     return list(merged.values())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and rename it there: readers see all of it or the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _raw_training(folder: Path) -> list[tuple[str, Any]]:
@@ -189,7 +176,3 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ConfigurationError(f"{where}: not valid JSON ({error})") from None
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
