@@ -1,0 +1,277 @@
+"""Packed linear layers: weights stream once for all rows, and a row's bits ignore its company.
+
+Weights are stored in panels of 32 outputs, ``[ceil(n / 32), k, 32]``; every output is one sum in
+order of k whatever the number of rows. Weights that bf16 holds exactly are stored in bf16 and
+multiplied in fp32: half the traffic and the same numbers. Without the native core the twin
+multiplies unpacked weights in PyTorch, whose bits may depend on the number of rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retort.errors import ConfigurationError
+from retort.ops import native
+from retort.ops.native import abi
+
+PANEL = 32
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight in panels, with the bias that belongs to it.
+
+    Attributes:
+        data: ``[panels, k, 32]`` float32 or bfloat16, contiguous.
+        n: outputs stored, 2 × the layer's outputs where ``gated``.
+        bias: ``[n]`` float32 or None.
+        gated: gate outputs in columns 0–15, up outputs in 16–31 of each panel.
+    """
+
+    data: Tensor
+    n: int
+    bias: Tensor | None = None
+    gated: bool = False
+
+    @property
+    def k(self) -> int:
+        """Inputs of the layer."""
+        return self.data.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the layer."""
+        return self.n // 2 if self.gated else self.n
+
+    @cached_property
+    def layer(self) -> abi.Linear:
+        """What the native core reads."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        bf16 = self.data.dtype == torch.bfloat16
+        return abi.Linear(self.data.data_ptr(), bias, self.k, self.n, bf16, self.gated)
+
+
+def pack(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    up: Tensor | None = None,
+    precision: str = "auto",
+) -> PackedWeight:
+    """Pack ``weight`` ``[n, k]`` (and, for a gated layer, ``up`` of the same shape).
+
+    Args:
+        weight: floating point; with ``up`` it is the gate.
+        bias: ``[n]`` or None; a gated layer has none.
+        up: makes the layer ``silu(x @ weight.T) * (x @ up.T)``.
+        precision: ``"float32"``, ``"bfloat16"`` (rounds), or ``"auto"``: bf16 where it is exact.
+
+    Raises:
+        ConfigurationError: shapes, types, device or precision are not as above.
+    """
+    _check_weights(weight, bias, up, precision)
+    rows = weight.detach() if up is None else _interleave(weight.detach(), up.detach())
+    exact = bool((rows.to(torch.bfloat16).to(rows.dtype) == rows).all())
+    half = precision == "bfloat16" or (precision == "auto" and exact)
+    dtype = torch.bfloat16 if half else torch.float32
+    bias = None if bias is None else bias.detach().to(torch.float32).contiguous().clone()
+    n = weight.shape[0] * (1 if up is None else 2)
+    return PackedWeight(_to_panels(rows.to(dtype)), n, bias, up is not None)
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """The weight ``[n, k]`` as it was packed, float32; of a gated layer gate rows, then up rows."""
+    data = packed.data
+    if data.dtype == torch.bfloat16:
+        data = data.unflatten(2, (16, 2)).transpose(2, 3).flatten(2)
+    rows = data.transpose(1, 2).reshape(-1, packed.k).float()
+    if packed.gated:
+        rows = rows.unflatten(0, (-1, 2, 16)).transpose(0, 1).reshape(2, -1, packed.k)
+        rows = rows[:, : packed.outputs].flatten(0, 1)
+    return rows[: packed.n].contiguous()
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, residual: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias`` (+ ``residual``), or ``silu(gate) * up`` of a gated layer.
+
+    Args:
+        x: ``[..., k]`` on the CPU; half types are computed in float32 and rounded at the end.
+        weight: of `pack`.
+        residual: ``[..., n]`` like the result, for layers that are not gated.
+
+    Returns:
+        ``[..., outputs]`` in the dtype of ``x``. No gradient flows.
+
+    Raises:
+        ConfigurationError: shape, type or device are not as above.
+    """
+    if torch.compiler.is_compiling():
+        return _packed_linear_op(x, weight.data, weight.bias, weight.n, weight.gated, residual)
+    return packed_linears(x, (weight,), residual)[0]
+
+
+def packed_linears(
+    x: Tensor, weights: Sequence[PackedWeight], residual: Tensor | None = None
+) -> list[Tensor]:
+    """Several packed layers of one input in one native call; ``residual`` goes to the first."""
+    _check_input(x, weights)
+    if residual is not None:
+        _check_residual(x, weights[0], residual)
+    if not native.available():
+        return _twin(x, weights, residual)
+    if x.dtype != torch.float32:
+        wide = None if residual is None else residual.float()
+        return [out.to(x.dtype) for out in packed_linears(x.float(), weights, wide)]
+    return _native(x, weights, residual)
+
+
+def packed_argmax(x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Index and value of the largest output of each row, without storing the outputs.
+
+    The first of equal outputs wins, as in ``torch.argmax``.
+
+    Args:
+        x: ``[..., k]`` on the CPU.
+        weight: of `pack`, not gated.
+
+    Returns:
+        int64 ``[...]`` and float32 ``[...]``.
+    """
+    _check_input(x, (weight,))
+    if weight.gated:
+        raise ConfigurationError("packed_argmax() takes a plain layer, this one is gated")
+    if not native.available():
+        value, index = _twin(x.float(), (weight,), None)[0].max(-1)
+        return index, value
+    address, stride, m, _alive = _address(x.float())
+    index = torch.empty(x.shape[:-1], dtype=torch.int64)
+    value = torch.empty(x.shape[:-1])
+    call = abi.ArgmaxCall(
+        ctypes.addressof(weight.layer), address, stride, m,
+        index.data_ptr(), value.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if m:
+        native.library().retort_argmax(call)
+    return index, value
+
+
+def _native(x: Tensor, weights: Sequence[PackedWeight], residual: Tensor | None) -> list[Tensor]:
+    address, stride, m, _alive = _address(x)
+    lead = x.shape[:-1]
+    outs = [torch.empty((*lead, w.outputs)) for w in weights]
+    count = len(weights)
+    layers = weights[0].layer if count == 1 else (abi.Linear * count)(*[w.layer for w in weights])
+    ends = (ctypes.c_int64 * (2 * count))(
+        *[out.data_ptr() for out in outs], *[w.outputs for w in weights]
+    )
+    out_at = ctypes.addressof(ends)
+    add, add_stride, _, _alive_too = (None, 0, 0, None) if residual is None else _address(residual)
+    call = abi.LinearCall(
+        ctypes.addressof(layers), count, address, stride, m, out_at, out_at + 8 * count,
+        add, add_stride, torch.get_num_threads(),
+    )  # fmt: skip
+    if m:
+        native.library().retort_linear(call)
+    return outs
+
+
+def _address(x: Tensor) -> tuple[int, int, int, Tensor]:
+    """Address, row stride and number of rows of ``x`` as ``[rows, k]``, and who owns the memory."""
+    width = x.shape[-1]
+    if x.is_contiguous():
+        return x.data_ptr(), width, x.numel() // width, x
+    rows = _rows(x)
+    return rows.data_ptr(), rows.stride(0), rows.shape[0], rows
+
+
+def _twin(x: Tensor, weights: Sequence[PackedWeight], residual: Tensor | None) -> list[Tensor]:
+    outs = []
+    for weight in weights:
+        bias = None if weight.bias is None else weight.bias.to(x.dtype)
+        out = F.linear(x, unpack(weight).to(x.dtype), bias)
+        if weight.gated:
+            gate, up = out.chunk(2, dim=-1)
+            out = F.silu(gate) * up
+        outs.append(out)
+    if residual is not None:
+        outs[0] = outs[0] + residual
+    return outs
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` as ``[rows, k]`` with neighbouring columns; a copy where strides forbid it."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _to_panels(rows: Tensor) -> Tensor:
+    n, k = rows.shape
+    panels = -(-n // PANEL)
+    rows = F.pad(rows, (0, 0, 0, panels * PANEL - n)).view(panels, PANEL, k)
+    if rows.dtype == torch.bfloat16:
+        rows = rows.view(panels, 2, 16, k).transpose(1, 2).reshape(panels, PANEL, k)
+    return rows.transpose(1, 2).contiguous()
+
+
+def _interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """16 gate rows, 16 up rows, 16 gate rows …, the last group of each padded with zeros."""
+    spare = -gate.shape[0] % 16
+    pair = torch.stack([F.pad(w, (0, 0, 0, spare)) for w in (gate, up)])
+    return pair.unflatten(1, (-1, 16)).transpose(0, 1).flatten(0, 2)
+
+
+def _check_weights(weight: Tensor, bias: Tensor | None, up: Tensor | None, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ConfigurationError(f"precision must be one of {PRECISIONS}, not {precision!r}")
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.device.type != "cpu":
+        raise ConfigurationError(
+            f"a packed weight is a floating point matrix on the CPU, not {weight.dtype} "
+            f"{tuple(weight.shape)} on {weight.device}"
+        )
+    if up is not None and (up.shape != weight.shape or bias is not None):
+        raise ConfigurationError("gate and up must have one shape and no bias")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ConfigurationError(f"bias {tuple(bias.shape)} does not fit {tuple(weight.shape)}")
+
+
+def _check_input(x: Tensor, weights: Sequence[PackedWeight]) -> None:
+    if not x.is_cpu or not x.is_floating_point():
+        raise ConfigurationError(
+            f"a packed linear takes floating point tensors on the CPU, not {x.dtype} on {x.device}"
+        )
+    for weight in weights:
+        if x.shape[-1:] != (weight.k,):
+            raise ConfigurationError(
+                f"input {tuple(x.shape)} does not fit a packed linear with {weight.k} inputs"
+            )
+
+
+def _check_residual(x: Tensor, weight: PackedWeight, residual: Tensor) -> None:
+    shape = (*x.shape[:-1], weight.outputs)
+    if weight.gated or residual.shape != shape or residual.dtype != x.dtype or not residual.is_cpu:
+        raise ConfigurationError(
+            f"a residual is {x.dtype} {shape} for a layer without gate, "
+            f"not {residual.dtype} {tuple(residual.shape)}"
+        )
+
+
+@torch.library.custom_op("retort::packed_linear", mutates_args=())
+def _packed_linear_op(
+    x: Tensor, data: Tensor, bias: Tensor | None, n: int, gated: bool, residual: Tensor | None
+) -> Tensor:
+    return packed_linears(x, (PackedWeight(data, n, bias, gated),), residual)[0]
+
+
+@_packed_linear_op.register_fake
+def _(
+    x: Tensor, data: Tensor, bias: Tensor | None, n: int, gated: bool, residual: Tensor | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n // 2 if gated else n))

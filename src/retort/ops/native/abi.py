@@ -1,0 +1,101 @@
+"""The structures of ``api.h`` for ctypes: field for field the same, in the same order."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from typing import Any, ClassVar
+
+Fields = list[tuple[str, Any]]
+
+
+def _fields(**kinds: Any) -> Fields:
+    """Fields from ``type="name name"`` groups that keep their order: ``p``, ``i``, ``f``, ``t``."""
+    types = {"p": c_void_p, "i": c_int64, "f": c_float, "t": c_int32}
+    return [(name, types[kind[0]]) for kind, names in kinds.items() for name in names.split()]
+
+
+class Linear(ctypes.Structure):
+    """A packed layer: weight and bias addresses, inputs, stored outputs, bf16, gated."""
+
+    _fields_: ClassVar[Fields] = _fields(p="weight bias", i="k n", t="bf16 gated")
+
+
+class LinearCall(ctypes.Structure):
+    """Several packed layers of one input."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="layers", i="count", p2="x", i2="ldx m", p3="out ldo residual", i3="ldr", t="threads"
+    )
+
+
+class ArgmaxCall(ctypes.Structure):
+    """The largest output of each row of one packed layer."""
+
+    _fields_: ClassVar[Fields] = _fields(p="layer x", i="ldx m", p2="index value", t="threads")
+
+
+class Rows(ctypes.Structure):
+    """Layout of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(i="rows", p="starts counts offsets capacity order")
+
+
+class Heads(ctypes.Structure):
+    """Shape and options of an attention layer."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        i="heads kv_heads key_width value_width", f="scaling softcap", i2="window", p="sinks"
+    )
+
+
+class AttentionCall(ctypes.Structure):
+    """One attention layer of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="rows heads q", i="q_token q_head", p2="k", i2="k_token k_head", p3="v",
+        i3="v_token v_head", p4="key_rows value_rows out", t="threads",
+    )  # fmt: skip
+
+
+class NormCall(ctypes.Structure):
+    """RMSNorm of rows, with an optional residual sum before it."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="x", i="ldx m n", p2="weight", f="eps offset", p3="residual", i2="ldr", p4="sum out",
+        t="threads",
+    )  # fmt: skip
+
+
+class RotaryCall(ctypes.Structure):
+    """Rotary positions of packed heads."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="x", i="x_token x_head", p2="cos sin", i2="total heads width rotated", p3="out",
+        t="threads",
+    )  # fmt: skip
+
+
+class GateCall(ctypes.Structure):
+    """SiLU(gate) * up."""
+
+    _fields_: ClassVar[Fields] = _fields(p="gate up", i="count", p2="out", t="threads")
+
+
+CALLS = {
+    "retort_linear": LinearCall,
+    "retort_argmax": ArgmaxCall,
+    "retort_attention": AttentionCall,
+    "retort_norm": NormCall,
+    "retort_rotary": RotaryCall,
+    "retort_gate": GateCall,
+}
+
+
+def declare(lib: ctypes.CDLL) -> None:
+    """Tell ctypes what the entry points take and return."""
+    lib.retort_sources.restype = ctypes.c_char_p
+    lib.retort_select.argtypes = [ctypes.c_char_p]
+    for name, call in CALLS.items():
+        entry = getattr(lib, name)
+        entry.argtypes, entry.restype = [POINTER(call)], None

@@ -1,0 +1,60 @@
+// Entry points of the library and the choice of the instruction set.
+#include <string.h>
+
+#include "api.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+const RetortKernels* retort_kernels_portable();
+#ifdef RETORT_X86
+const RetortKernels* retort_kernels_avx2();
+const RetortKernels* retort_kernels_avx512();
+#endif
+
+static const RetortKernels* chosen = nullptr;
+
+// Digest of the sources of this library: a loader refuses one that was built from others.
+EXPORT const char* retort_sources() { return RETORT_SOURCES; }
+
+// Threads that the OpenMP runtime gives a parallel region, 1 in a build without OpenMP.
+EXPORT int retort_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+static const RetortKernels* find(const char* isa) {
+  if (!strcmp(isa, "portable")) return retort_kernels_portable();
+#ifdef RETORT_X86
+  if (!strcmp(isa, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return retort_kernels_avx2();
+  if (!strcmp(isa, "avx512") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return retort_kernels_avx512();
+#endif
+  return nullptr;
+}
+
+// Chooses "portable", "avx2" or "avx512" for the process; 0 where this processor lacks it.
+EXPORT int retort_select(const char* isa) {
+  const RetortKernels* found = find(isa);
+  if (found) chosen = found;
+  return found != nullptr;
+}
+
+EXPORT void retort_linear(const RetortLinearCall* call) { chosen->linear(call); }
+EXPORT void retort_argmax(const RetortArgmaxCall* call) { chosen->argmax(call); }
+EXPORT void retort_attention(const RetortAttentionCall* call) { chosen->attention(call); }
+EXPORT void retort_norm(const RetortNormCall* call) { chosen->norm(call); }
+EXPORT void retort_rotary(const RetortRotaryCall* call) { chosen->rotary(call); }
+EXPORT void retort_gate(const RetortGateCall* call) { chosen->gate(call); }
+}

@@ -1,0 +1,15 @@
+// All kernels for one instruction set: compiled once for each, with RETORT_ISA as its name.
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+extern "C" const RetortKernels* JOIN(retort_kernels_, RETORT_ISA)() {
+  static const RetortKernels kernels = {
+      RETORT_ISA::linear, RETORT_ISA::argmax, RETORT_ISA::attention,
+      RETORT_ISA::norm,   RETORT_ISA::rotary, RETORT_ISA::gate,
+  };
+  return &kernels;
+}
