@@ -49,21 +49,29 @@ def first_fault(folder: Path, full: bool = False) -> str | None:
     files: dict[str, str] = manifest["files"]
     if not full and _stamp_fits(folder, list(files)):
         return None
-    for name, expected in files.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256(folder / name) != expected:
-            return f"{name} does not have the hash of its manifest"
+    fault = _hash_fault(folder, files)
     # A read-only folder keeps its old stamp and is hashed again next time.
     with contextlib.suppress(OSError):
-        _write_stamp(folder, list(files))
-    return None
+        if fault is None:
+            _write_stamp(folder, list(files))
+        else:
+            (folder / STAMP).unlink(missing_ok=True)
+    return fault
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_fault(folder: Path, files: Mapping[str, str]) -> str | None:
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != expected:
+            return f"{name} does not have the hash of its manifest"
+    return None
 
 
 def _names(folder: Path) -> list[str]:

@@ -48,7 +48,7 @@ def load_model(
     """
     where, wanted = checked(where), parse_dtype(dtype)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=wanted,
             use_safetensors=True,
@@ -58,6 +58,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RetortError(f"cannot load the model {where!r}: {_one_line(error)}") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise RetortError(
             f"the checkpoint {where!r} lacks {len(missing)} weights that the model needs, "

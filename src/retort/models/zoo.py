@@ -92,12 +92,15 @@ def is_cached(entry: ZooEntry) -> bool:
     return first_fault(cached_folder(entry)) is None or _in_hub_cache(entry.hub_id) is not None
 
 
-def resolve(name_or_path: str | os.PathLike[str], say: Say | None = None) -> Path:
+def resolve(
+    name_or_path: str | os.PathLike[str], say: Say | None = None, full_check: bool = False
+) -> Path:
     """Give the local folder of a model, fetching it once if need be.
 
     Args:
         name_or_path: a zoo name, a local folder, or a hub id ``owner/name``.
         say: receives one line for each step that takes time; standard error by default.
+        full_check: hash every file of a cached zoo model, even where sizes and times fit.
 
     Raises:
         ConfigurationError: no such name or folder; the message lists the nearest names.
@@ -105,7 +108,7 @@ def resolve(name_or_path: str | os.PathLike[str], say: Say | None = None) -> Pat
     """
     name = os.fspath(name_or_path)
     if name in ENTRIES:
-        return _resolve_entry(ENTRIES[name], say or _say)
+        return _resolve_entry(ENTRIES[name], say or _say, full_check)
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     return _resolve_hub(_require_hub_id(name), say or _say)
@@ -141,9 +144,9 @@ def load_tokenizer(
     return loader.load_tokenizer(locate(name_or_path), trust_remote_code)
 
 
-def _resolve_entry(entry: ZooEntry, say: Say) -> Path:
+def _resolve_entry(entry: ZooEntry, say: Say, full_check: bool) -> Path:
     folder = cached_folder(entry)
-    fault = first_fault(folder)
+    fault = first_fault(folder, full_check)
     if fault is None:
         return folder
     if folder.is_dir():
