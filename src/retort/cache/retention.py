@@ -24,7 +24,7 @@ from retort.cache.rows import PackedRows
 from retort.cache.tape import Tape, grown
 from retort.cache.waves import WavePlan
 from retort.errors import ConfigurationError
-from retort.ops.retention import BlockDecay, block_fold, block_output, block_read, log_decay
+from retort.ops.retention import BlockDecay, block_fold, block_output, log_decay
 
 TapeKind = Literal["draft", "completion"]
 
@@ -41,20 +41,23 @@ class RetentionShape:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the layers of one pass share: the plan, where wave 0 reads, what the tape keeps.
+    """What the layers of one pass share.
 
-    Masks are ``[n, 1, L or 1, 1]`` over the rows of wave 0, None where everything is valid.
+    Queries lie in M slots of their segment, by position modulo M: M is 8 where no segment has
+    more tokens (decoding and drafts) and L elsewhere, so that decoding multiplies few rows and
+    a token's place in the product still depends on its position alone. Masks are
+    ``[n, 1, 1, 1]`` over the rows of wave 0, None where everything is valid.
     """
 
     plan: WavePlan
     anchors: dict[int, int]  # of each row when the pass ends
-    before: Tensor  # pages of the blocks before
-    has_before: Tensor | None
-    current: Tensor  # pages of the first blocks
-    old: Tensor  # their positions that were there already
+    slots: int  # M
+    query_place: tuple[Tensor, Tensor]  # segment and slot of each token
+    decay: tuple[Tensor, Tensor]  # of reading the state and the window, per segment
+    before: tuple[Tensor, Tensor | None]  # pages of the blocks before wave 0, and which exist
+    current: tuple[Tensor, Tensor | None]  # pages of wave 0
     has_state: Tensor | None
-    written: Tensor  # segments for the tape
-    pages: Tensor  # and their pages
+    written: tuple[Tensor, Tensor, Tensor]  # tokens for the tape, their pages and offsets
     moved: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # layer, rows, states
 
 
@@ -65,14 +68,10 @@ class _Front(NamedTuple):
     keys: Tensor
     values: Tensor
 
-    def window(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of blocks b−1 and b, given those of b."""
-        return torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-
     def after(self, k: Tensor, v: Tensor, carry: Tensor | None, decay: BlockDecay) -> _Front:
         """The front one block on, of the rows at ``carry``; k and v are those of block b."""
-        state, *before, k, v = (_take(x, carry) for x in (*self, k, v))
-        return _Front(block_fold(state, before[0], before[1], decay), k, v)
+        state, keys, values, k, v = (_take(x, carry) for x in (*self, k, v))
+        return _Front(block_fold(state, keys, values, decay), k, v)
 
 
 class RetentionRowCache(RecurrentRowCache):
@@ -164,7 +163,7 @@ class RetentionRowCache(RecurrentRowCache):
             state = self.states[:, row]
             if anchor == 1:
                 state.zero_()
-            page = self.tape.page(row, anchor - 1)
+            page = self.tape.reserve(row, anchor - 1)
             keys, values = self.tape.keys[:, page], self.tape.values[:, page]
             state.copy_(block_fold(state, keys, values, self.decay))
         self._anchor[row] = anchor + 1
@@ -198,28 +197,41 @@ class RetentionRowCache(RecurrentRowCache):
             for row, start, count in zip(layout.rows, layout.starts, layout.counts, strict=True)
         }
         plan = WavePlan.of(layout, list(anchors.values()), self.block, self.device)
-        kept = [
-            (segment, self.tape.reserve(row, block))
-            for segment, (row, block) in enumerate(plan.members())
-            if self.kind == "completion" or block >= anchors[row] - 1
-        ]
-        spans = plan.spans
-        first, held = (
-            self._index(numbers).view(-1, 1, 1, 1)
-            for numbers in ([s.first for s in spans], [s.start % self.block for s in spans])
-        )
-        youngest = min(s.first for s in spans)
+        written = self._written(plan, anchors)  # reserves, so that the pages below exist
+        slots = min(self.block, 8 if plan.longest_piece <= 8 else self.block)
+        segment, offset = plan.place
+        query_place = (segment, offset % slots)
+        offsets = offset.new_zeros(plan.segments, slots).index_put(query_place, offset)
+        young = [span.first < 2 for span in plan.spans]
         return _Pass(
             plan=plan,
             anchors=anchors,
-            before=self._index([self.tape.page(s.row, s.first - 1) for s in spans]),
-            has_before=first >= 1 if youngest < 1 else None,
-            current=self._index([self.tape.page(s.row, s.first) for s in spans]),
-            old=torch.arange(self.block, device=self.device).view(1, 1, -1, 1) < held,
-            has_state=first >= 2 if youngest < 2 else None,
-            written=self._index([segment for segment, _ in kept]),
-            pages=self._index([page for _, page in kept]),
+            slots=slots,
+            query_place=query_place,
+            decay=self.decay.at(offsets),
+            before=self._pages([(span.row, span.first - 1) for span in plan.spans]),
+            current=self._pages([(span.row, span.first) for span in plan.spans]),
+            has_state=~self._index(young).bool().view(-1, 1, 1, 1) if any(young) else None,
+            written=written,
         )
+
+    def _written(self, plan: WavePlan, anchors: dict[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        pages = [
+            self.tape.reserve(row, block)
+            if self.kind == "completion" or block >= anchors[row] - 1
+            else -1
+            for row, block in plan.members()
+        ]
+        segment, offset = plan.place
+        page = self._index(pages)[segment]
+        tokens = (page >= 0).nonzero()[:, 0]
+        return tokens, page[tokens], offset[tokens]
+
+    def _pages(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+        pages = [self.tape.find(row, block) for row, block in places]
+        exist = [page is not None for page in pages]
+        mask = None if all(exist) else self._index(exist).bool().view(-1, 1, 1, 1)
+        return self._index([page or 0 for page in pages]), mask
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.device)
@@ -239,44 +251,51 @@ class RetentionRowCache(RecurrentRowCache):
         run = self._pass
         if run is None:  # a rectangle of padding only
             return torch.zeros_like(v)
-        queries, keys, values = (self._blocks(x, run.plan) for x in (q, k, v))
-        before_k = self._continue(run, self.tape.keys[layer], keys)
-        before_v = self._continue(run, self.tape.values[layer], values)
+        queries = _placed(
+            q.new_zeros(run.plan.segments, q.shape[1], run.slots, q.shape[2]), run.query_place, q
+        )
         state = _only(self.states[layer, run.plan.rows], run.has_state)
         if torch.is_grad_enabled():
             state = state.clone()  # the graph keeps it, a later pass moves it
-        front = _Front(state, before_k, before_v)
-        outputs = self._run_waves(layer, run, (queries, keys, values), front)
-        return outputs.transpose(1, 2)[run.plan.place]
+        tapes = (self.tape.keys[layer], self.tape.values[layer])
+        front = _Front(state, *(_only(tape[run.before[0]], run.before[1]) for tape in tapes))
+        blocks = [self._blocks(run, tape, x) for tape, x in zip(tapes, (k, v), strict=True)]
+        y = self._run_waves(layer, run, (queries, *blocks), front)
+        return y.transpose(1, 2)[run.query_place]
 
-    def _continue(self, run: _Pass, tape: Tensor, blocks: Tensor) -> Tensor:
-        """Complete wave 0's blocks from the tape, write the tape, give the blocks before."""
-        before = _only(tape[run.before], run.has_before)
-        blocks[run.plan.waves[0].segments] += _only(tape[run.current], run.old)
-        tape.index_copy_(0, run.pages, blocks.detach()[run.written])
-        return before
+    def _blocks(self, run: _Pass, tape: Tensor, x: Tensor) -> Tensor:
+        """Tokens ``[total, H, d]`` in their blocks ``[segments, H, L, d]``, after older ones.
+
+        The tape gets the tokens that it must keep.
+        """
+        blocks = _only(tape[run.current[0]], run.current[1])
+        if later := run.plan.segments - len(blocks):
+            blocks = torch.cat([blocks, blocks.new_zeros(later, *blocks.shape[1:])])
+        tokens, pages, offsets = run.written
+        _placed(tape, (pages, offsets), x.detach()[tokens])
+        return _placed(blocks, run.plan.place, x)
 
     def _run_waves(
-        self, layer: int, run: _Pass, blocks: tuple[Tensor, Tensor, Tensor], front: _Front
+        self, layer: int, run: _Pass, blocks: tuple[Tensor, ...], front: _Front
     ) -> Tensor:
-        """Outputs of all segments ``[segments, H, L, d_v]``, wave after wave."""
+        """Outputs of all segments ``[segments, H, M, d_v]``, wave after wave."""
         outputs: list[Tensor] = []
         q, k, v = blocks
         for wave in run.plan.waves:
             if outputs:
                 front = front.after(k, v, wave.carry, self.decay)
-            q, k, v = (x[wave.segments] for x in blocks)
-            y = block_output(q, *front.window(k, v), self.decay)
-            outputs.append(y + block_read(q, front.state, self.decay))
+            q, k, v, read, pair = (x[wave.segments] for x in (*blocks, *run.decay))
+            before = (front.keys, front.values)
+            outputs.append(block_output(q, front.state, before, (k, v), (read, pair)))
             if len(wave.kept):
                 run.moved.append((layer, wave.kept_rows, front.state.detach()[wave.kept]))
         return torch.cat(outputs)
 
-    def _blocks(self, x: Tensor, plan: WavePlan) -> Tensor:
-        """Packed tokens ``[total, H, d]`` at their places in blocks ``[segments, H, L, d]``."""
-        blocks = x.new_zeros(plan.segments, x.shape[1], self.block, x.shape[2])
-        blocks.transpose(1, 2)[plan.place] = x
-        return blocks
+
+def _placed(blocks: Tensor, place: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    """Write ``x`` ``[n, H, d]`` into ``blocks`` ``[b, H, L, d]`` at (block, offset) places."""
+    blocks.transpose(1, 2)[place] = x
+    return blocks
 
 
 def _only(x: Tensor, mask: Tensor | None) -> Tensor:

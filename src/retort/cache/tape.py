@@ -33,17 +33,19 @@ class Tape:
         """Give all pages of ``row`` back."""
         self._free += self._table.pop(row).values()
 
-    def page(self, row: int, block: int) -> int:
-        """The page of ``block``; 0 where the row has none (its content counts for nothing)."""
-        return self._table[row].get(block, 0)
+    def find(self, row: int, block: int) -> int | None:
+        """The page of ``block``, None where the row has none."""
+        return self._table[row].get(block)
 
     def reserve(self, row: int, block: int) -> int:
-        """The page of ``block``, taken from the free ones if the row has none."""
+        """The page of ``block``; a new one is zeroed, so that nothing old can surface."""
         table = self._table[row]
         if block not in table:
             if not self._free:
                 self._grow()
-            table[block] = self._free.pop()
+            page = table[block] = self._free.pop()
+            self.keys[:, page] = 0
+            self.values[:, page] = 0
         return table[block]
 
     def keep(self, row: int, first: int, stop: int | None = None) -> None:

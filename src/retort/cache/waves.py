@@ -70,12 +70,14 @@ class WavePlan:
         waves: the waves.
         place: segment and offset of each packed token, two int64 ``[total]``.
         rows: rows of wave 0, a slice where they are neighbours.
+        longest_piece: the most new tokens in one segment.
     """
 
     spans: tuple[RowSpan, ...]
     waves: tuple[Wave, ...]
     place: tuple[Tensor, Tensor]
     rows: slice | Tensor
+    longest_piece: int
 
     @property
     def segments(self) -> int:
@@ -103,7 +105,8 @@ class WavePlan:
         segment = segments.repeat_interleave(lengths).to(device)
         offset = layout.position_ids(device)[0] % block
         rows = [span.row for span in ordered]
-        return cls(ordered, waves, (segment, offset), _places(rows, device))
+        longest = max(n for _, n in pieces)
+        return cls(ordered, waves, (segment, offset), _places(rows, device), longest)
 
     def members(self) -> list[tuple[int, int]]:
         """(row, block) of every segment."""

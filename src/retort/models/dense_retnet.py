@@ -35,7 +35,7 @@ from retort.ops.retention import (
     normaliser,
     parallel_retention,
     recurrent_retention,
-    rotary_tables,
+    rotary_phase,
     rotate,
 )
 
@@ -134,13 +134,12 @@ class RetentionPass:
     """What all layers of one forward pass share.
 
     Attributes:
-        cos, sin: rotary tables ``[B, T, d_k/2]``.
+        phase: rotary, complex ``[B, T, d_k/2]``.
         root: √S_n ``[B, T, H, 1]``.
         mix: (layer, q, k, v) → Y, each ``[B, T, H, d]``.
     """
 
-    cos: Tensor
-    sin: Tensor
+    phase: Tensor
     root: Tensor
     mix: Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -187,10 +186,10 @@ class DenseRetention(nn.Module):
         v, g = F.silu(self.vg_proj(x)).chunk(2, -1)
         fused_k, fused_v = self._fused(x, k, v, earlier)
         q, fused_k, fused_v = (
-            t.unflatten(-1, (self.heads, -1)).to(step.cos.dtype)
+            t.unflatten(-1, (self.heads, -1)).to(step.root.dtype)
             for t in (F.silu(self.q_proj(x)), fused_k, fused_v)
         )
-        q, fused_k = (rotate(t, step.cos, step.sin) for t in (q, fused_k))
+        q, fused_k = (rotate(t, step.phase) for t in (q, fused_k))
         y = step.mix(self.layer_idx, q, fused_k, fused_v) / step.root
         y = self.group_norm(y).to(x.dtype).flatten(-2)
         return self.o_proj(y * g), k, v
@@ -369,8 +368,8 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
             yield self._step(feed.positions, decay, _cached(cache, feed))
 
     def _step(self, positions: Tensor, decay: Tensor, mix: Callable) -> RetentionPass:
-        cos, sin = rotary_tables(positions, self.retention_shape.key_dim, decay.dtype)
-        return RetentionPass(cos, sin, normaliser(positions + 1, decay).unsqueeze(-1), mix)
+        phase = rotary_phase(positions, self.retention_shape.key_dim, decay.dtype)
+        return RetentionPass(phase, normaliser(positions + 1, decay).unsqueeze(-1), mix)
 
     def _uncached(self, decay: Tensor, clock: Clock) -> Callable:
         form, size = self.config.retention_form, self.config.chunk_size

@@ -25,18 +25,17 @@ def log_decay(num_heads: int, dtype: torch.dtype, device: torch.device | str = "
     return torch.log1p(-torch.exp2(-5 - heads))
 
 
-def rotary_tables(positions: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[..., dim/2]`` of position × 10000^−linspace(0, 1, dim/2)."""
+def rotary_phase(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """e^(i · position · 10000^−linspace(0, 1, dim/2)), complex ``[..., dim/2]`` of ``dtype``."""
     steps = torch.linspace(0, 1, dim // 2, dtype=dtype, device=positions.device)
     angle = positions.to(dtype)[..., None] * 10000.0**-steps
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (2i, 2i+1) of ``x`` ``[..., H, d]`` by tables ``[..., d/2]``."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+def rotate(x: Tensor, phase: Tensor) -> Tensor:
+    """Rotate the interleaved pairs (2i, 2i+1) of ``x`` ``[..., H, d]`` by ``[..., d/2]``."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * phase.unsqueeze(-2)).flatten(-2)
 
 
 def normaliser(seen: Tensor, decay: Tensor) -> Tensor:
@@ -191,24 +190,34 @@ class BlockDecay:
             carry=torch.exp(length * log),
         )
 
+    def at(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """``read`` and ``pair`` of queries at ``offsets`` ``[n, M]``: ``[n, H, M, 1 or 2L]``."""
+        return self.read[:, offsets].transpose(0, 1), self.pair[:, offsets].transpose(0, 1)
 
-def block_output(q: Tensor, k: Tensor, v: Tensor, tables: BlockDecay) -> Tensor:
-    """Part of Y that the window of two blocks gives, ``[n, H, L, d_v]``.
+
+def block_output(
+    q: Tensor,
+    state: Tensor,
+    before: tuple[Tensor, Tensor],
+    current: tuple[Tensor, Tensor],
+    decay: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Y of queries in n blocks ``[n, H, M, d_v]``.
 
     Args:
-        q: queries by offset in their block ``[n, H, L, d_k]``.
-        k: keys of blocks b−1 and b ``[n, H, 2L, d_k]``.
-        v: values of blocks b−1 and b ``[n, H, 2L, d_v]``.
-        tables: the decays.
+        q: ``[n, H, M, d_k]``.
+        state: R at the start of the block before, ``[n, H, d_k, d_v]``.
+        before: keys ``[n, H, L, d_k]`` and values ``[n, H, L, d_v]`` of the block before.
+        current: the same of the queries' own block.
+        decay: what `BlockDecay.at` gives for the queries' offsets.
     """
-    return (q @ k.mT * tables.pair) @ v
+    read, pair = decay
+    y = q @ state * read
+    for (keys, values), power in zip((before, current), pair.chunk(2, -1), strict=True):
+        y = y + (q @ keys.mT * power) @ values
+    return y
 
 
-def block_read(q: Tensor, state: Tensor, tables: BlockDecay) -> Tensor:
-    """Part of Y that the state at (b−1)·L gives, ``[n, H, L, d_v]``; state ``[n, H, d_k, d_v]``."""
-    return q @ state * tables.read
-
-
-def block_fold(state: Tensor, k: Tensor, v: Tensor, tables: BlockDecay) -> Tensor:
+def block_fold(state: Tensor, k: Tensor, v: Tensor, decay: BlockDecay) -> Tensor:
     """The state one block later: γ^L R + Σ_i γ^(L−1−i) k_i v_iᵀ; any leading dims."""
-    return state * tables.carry + (k * tables.write).mT @ v
+    return state * decay.carry + (k * decay.write).mT @ v
