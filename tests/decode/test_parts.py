@@ -1,0 +1,165 @@
+"""Drafters, budget, scheduler, stopping: each alone."""
+
+import pytest
+
+from retort.decode.budget import AutoBudget, FixedBudget, StepCost, build_budget
+from retort.decode.drafter import DraftContext, PromptLookupDrafter
+from retort.decode.request import Request, SamplingParams
+from retort.decode.scheduler import Scheduler
+from retort.decode.stopping import TextBuffer, extend
+from retort.errors import ConfigurationError
+
+
+def _request(name, prompt, new=10, **options):
+    params = SamplingParams(max_new_tokens=new, **options)
+    return Request(name, 0, list(prompt), params, frozenset({2}))
+
+
+def _naive_lookup(tokens, sizes, limit):
+    for size in sizes:
+        suffix = tokens[-size:]
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if len(tokens) > size and tokens[end - size : end] == suffix:
+                return tokens[end : end + limit]
+    return []
+
+
+def test_prompt_lookup_finds_the_longest_and_most_recent_match():
+    import random
+
+    rng = random.Random(0)
+    drafter = PromptLookupDrafter()
+    for row in range(20):
+        tokens = [rng.randrange(4) for _ in range(6)]
+        for _ in range(40):
+            got = drafter.propose([DraftContext(str(row), tokens, 5)])[0]
+            assert got == _naive_lookup(tokens, (4, 3, 2), 5)
+            tokens = tokens + [rng.randrange(4) for _ in range(rng.randrange(1, 4))]
+
+
+def test_prompt_lookup_notices_that_a_row_was_rewound():
+    drafter = PromptLookupDrafter()
+    drafter.propose([DraftContext("a", [1, 2, 3, 4, 1, 2, 9, 9, 9, 9], 4)])
+    assert drafter.propose([DraftContext("a", [1, 2, 3, 4, 1, 2], 2)])[0] == [3, 4]
+
+
+def _budget(flat_until, slope, **options):
+    cost = StepCost({n: 1.0 + slope * max(0, n - flat_until) for n in (1, 4, 8, 16, 32, 64, 128)})
+    return AutoBudget(cost=cost, **options)
+
+
+def test_the_budget_drafts_while_passes_are_flat_and_stops_at_the_knee():
+    rows = [str(i) for i in range(8)]
+    assert sum(_budget(128, 1.0, prior=0.8).allocate(rows, [7] * 8, False)) == 56
+    assert sum(_budget(8, 1.0, prior=0.8).allocate(rows, [7] * 8, False)) == 0
+    some = _budget(16, 0.5, prior=0.8).allocate(rows, [7] * 8, False)
+    assert 0 < sum(some) <= 8
+
+
+def test_rows_that_accept_more_get_more_and_hopeless_rows_get_none():
+    budget = _budget(6, 0.2)
+    for _ in range(30):
+        budget.observe("good", 4, 4)
+        budget.observe("bad", 4, 0)
+    good, bad = budget.allocate(["good", "bad"], [7, 7], False)
+    assert good >= 4 and bad == 0
+    assert budget.allocate(["good"], [2], False) == [2]
+
+
+def test_a_slow_drafter_is_not_asked():
+    budget = _budget(64, 1.0, prior=0.5)
+    budget.time_draft(1, 5.0)
+    assert budget.allocate(["a"], [7], drafting=True) == [0]
+    assert budget.allocate(["a"], [7], drafting=False) != [0]
+
+
+def test_a_failed_row_is_tried_again_in_the_end():
+    budget = _budget(2, 0.6)
+    for _ in range(60):
+        budget.observe("a", 2, 0)
+    first = budget.allocate(["a"], [4], False)
+    later = [budget.allocate(["a"], [4], False) for _ in range(2000)]
+    assert first == [0] and any(any(x) for x in later)
+
+
+def test_step_cost_interpolates_and_follows_drift():
+    cost = StepCost({4: 1.0, 8: 3.0})
+    assert cost.seconds(6) == 2.0
+    assert cost.seconds(12) == 5.0
+    assert cost.seconds(1) == 1.0
+    for _ in range(50):
+        cost.record(4, 2.0)
+    assert cost.seconds(4) == pytest.approx(2.0, rel=0.01)
+    assert cost.seconds(8) > 3.4  # a neighbour follows, more slowly
+
+
+def test_budgets_are_checked():
+    assert isinstance(build_budget(3), FixedBudget)
+    for bad in (-1, "some"):
+        with pytest.raises(ConfigurationError, match="draft_budget"):
+            build_budget(bad)
+
+
+def test_the_scheduler_is_first_in_first_out_and_slices_long_prompts():
+    scheduler = Scheduler(max_batch_size=2, max_prefill_tokens=5)
+    requests = [_request(n, range(3, 3 + k)) for n, k in (("a", 8), ("b", 4), ("c", 2))]
+    for request in requests:
+        scheduler.add(request)
+    assert [r.id for r in scheduler.admit()] == ["a", "b"]
+    plan = scheduler.plan()
+    assert [(p.request.id, len(p.tokens), p.last) for p in plan.prefills] == [("a", 5, False)]
+    requests[0].fed = 5
+    plan = scheduler.plan()
+    assert [(p.request.id, len(p.tokens), p.last) for p in plan.prefills] == [
+        ("a", 3, True),
+        ("b", 2, False),
+    ]
+    requests[0].fed = 7
+    assert [r.id for r in scheduler.plan().decodes] == ["a"]
+    scheduler.remove(requests[0])
+    assert [r.id for r in scheduler.admit()] == ["c"]
+
+
+class Bytes:
+    """A tokenizer whose tokens are UTF-8 bytes, so that characters are split across tokens."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def _stream(text, stops):
+    buffer, shown = TextBuffer(Bytes(), stops), []
+    for byte in text.encode():
+        stopped = buffer.push(byte)
+        if not stopped:
+            shown.append(buffer.take())
+        else:
+            break
+    shown.append(buffer.take(last=True))
+    return shown
+
+
+@pytest.mark.parametrize("text", ["héllo wörld", "a🙂b", "plain"])
+def test_streamed_text_is_the_text_and_never_half_a_character(text):
+    shown = _stream(text, ())
+    assert "".join(shown) == text
+    assert not any("\ufffd" in s for s in shown)
+
+
+def test_stop_strings_are_never_shown_even_in_parts():
+    shown = _stream("one two STOP three", ("STOP",))
+    assert "".join(shown) == "one two "
+    assert "".join(_stream("one STO two", ("STOP",))) == "one STO two"
+
+
+def test_extend_ends_at_eos_limit_and_stop_string():
+    request = _request("a", [5], new=3)
+    assert extend(request, [7, 8, 9, 10]) == [7, 8, 9] and request.finish_reason == "length"
+    request = _request("a", [5], new=9)
+    assert extend(request, [7, 2, 9]) == [7, 2] and request.finish_reason == "stop"
+    request = _request("a", [5], new=9, ignore_eos=True)
+    assert extend(request, [7, 2, 9]) == [7, 2, 9] and request.finish_reason is None
+    request = _request("a", [5], new=9, stop_strings=["b"])
+    request.text = TextBuffer(Bytes(), request.params.stops)
+    assert extend(request, list(b"abc")) == list(b"ab") and request.finish_reason == "stop"
+    assert request.text.full(request.output) == "a"
