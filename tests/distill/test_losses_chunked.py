@@ -117,8 +117,8 @@ def test_without_gradient_values_are_the_same():
 
 def test_bad_input_is_named():
     setup = Setup(torch.float32)
+    signal = HeadSignal(setup.teacher.hidden[:4], setup.teacher.head)
     with pytest.raises(ConfigurationError, match="the signal"):
-        signal = HeadSignal(setup.teacher.hidden[:4], setup.teacher.head)
         chunked_loss(setup.hidden, setup.head, setup.targets, setup.terms(), signal=signal)
     with pytest.raises(ConfigurationError, match="teacher signal"):
         chunked_loss(setup.hidden, setup.head, setup.targets, [DacTerm(network=setup.network)])

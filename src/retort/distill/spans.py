@@ -87,9 +87,8 @@ def _disjoint(phrases: list[Any]) -> list[Any]:
 def _prepositional(doc: Any) -> Iterator[Any]:
     """A preposition with its whole object, e.g. "in the old house"."""
     for token in doc:
-        if token.dep_ in ("prep", "agent") and any(
-            child.dep_ == "pobj" for child in token.children
-        ):
+        heads = token.dep_ in ("prep", "agent")  # "agent" is the "by" of a passive
+        if heads and any(child.dep_ == "pobj" for child in token.children):
             yield doc[token.left_edge.i : token.right_edge.i + 1]
 
 

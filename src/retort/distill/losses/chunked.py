@@ -42,7 +42,7 @@ def chunked_loss(
     signal: SignalSource | None = None,
     pairs: Tensor | None = None,
     temperature: float = 1.0,
-    chunk_size: int | None = 128,
+    chunk_size: int | None = 256,
 ) -> dict[str, TermSum]:
     """Every term's sum and count over N rows, by name.
 
