@@ -133,6 +133,12 @@ class ModelDrafter:
             self.packed.free_row(self._rows.pop(request_id))
             del self._fed[request_id]
 
+    def close(self) -> None:
+        """Free every row; the model is as it was given. The drafter can be used again."""
+        for request_id in list(self._rows):
+            self.release(request_id)
+        self.packed.close()
+
     def _catch_up(self, context: DraftContext) -> list[int]:
         """Rewind to what still stands of the row and return the tokens to read next."""
         fed, tokens = self._fed.get(context.request_id, []), context.tokens

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retort.decode.admission import Admission, Prompt, is_single
 from retort.decode.budget import build_budget
-from retort.decode.drafter import DraftContext, Drafter, build_drafter
+from retort.decode.drafter import DraftContext, Drafter, ModelDrafter, build_drafter
 from retort.decode.packed import PackedModel
 from retort.decode.profile import profile_passes
 from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
@@ -40,6 +40,9 @@ class Engine:
         draft_budget: "auto" lets each row's draft length follow what pays, 0 included; a number
             fixes it.
         tape: for recurrent models, "draft" or "completion": how far a row can be rewound.
+        cpu_backend: "auto", "native" or "torch", see `PackedModel`.
+        release_weights: keep packed weights only while the engine lives, so that memory does not
+            double; `from_pretrained` does so.
         max_prefill_tokens: prompt tokens that one pass reads beside the decoding rows.
 
     Raises:
@@ -57,14 +60,17 @@ class Engine:
         tape: str = "draft",
         cpu_backend: str = "auto",
         max_prefill_tokens: int = 512,
+        release_weights: bool = False,
     ) -> None:
         if max_batch_size < 1:
             raise ConfigurationError(f"max_batch_size={max_batch_size} must be at least 1")
         self.model, self.tokenizer = model, tokenizer
         self._admission = Admission(model, tokenizer)
         self.budget = build_budget(draft_budget)
-        self.target = self._build_target(tape, cpu_backend)
-        self.drafter: Drafter | None = build_drafter(drafter, model)
+        self.target = self._build_target(
+            tape=tape, cpu_backend=cpu_backend, release_weights=release_weights
+        )
+        self.drafter = self._build_drafter(drafter)
         self.scheduler = Scheduler(max_batch_size, max_prefill_tokens)
         self.stats = EngineStats()
         self._requests: dict[str, Request] = {}
@@ -87,6 +93,7 @@ class Engine:
             model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code
         )
         tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
+        options.setdefault("release_weights", True)
         return cls(model if device is None else model.to(device), tokenizer, **options)
 
     # One call for many prompts
@@ -214,6 +221,8 @@ class Engine:
         for request in list(self._requests.values()):
             self._free(request)
         self.target.close()
+        if isinstance(self.drafter, ModelDrafter):
+            self.drafter.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -285,9 +294,15 @@ class Engine:
         return [self._finish(r, hold=r.hold) for r in done]
 
     # Details
-    def _build_target(self, tape: str, cpu_backend: str) -> PackedModel:
-        max_draft = max(self.budget.max_draft, 1)
-        return PackedModel(self.model, tape=tape, max_draft=max_draft, cpu_backend=cpu_backend)
+    def _build_target(self, **options: Any) -> PackedModel:
+        return PackedModel(self.model, max_draft=max(self.budget.max_draft, 1), **options)
+
+    def _build_drafter(self, drafter: Any) -> Drafter | None:
+        try:
+            return build_drafter(drafter, self.model)
+        except BaseException:
+            self.target.close()
+            raise
 
     def _add_all(self, prompts: Any, sampling: dict) -> list[str]:
         params = sampling.pop("params", None) or SamplingParams.build(**sampling)

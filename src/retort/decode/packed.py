@@ -18,6 +18,7 @@ from torch import Tensor
 
 from retort.cache.attention import AttentionRowCache
 from retort.cache.rows import RowCache
+from retort.decode.backend import Backend
 from retort.decode.support import check_supported
 
 ATTENTION = "retort_rows"
@@ -32,9 +33,11 @@ class PackedModel:
     """A causal model whose rows are fed, read and rewound each on its own.
 
     Args:
-        model: a transformers causal language model; between passes it is as it was.
+        model: a transformers causal language model; after `close` it is as it was.
         tape: for recurrent models, how far a row can go back: over drafts, or over the completion.
         max_draft: longest draft that a recurrent row must be able to take back.
+        cpu_backend: "auto", "native" (a row's bits are the same in any company) or "torch".
+        release_weights: with the native core, keep packed weights only; `close` unpacks them.
 
     Attributes:
         forward_passes, forward_tokens: what was computed so far; a rewind changes neither.
@@ -47,10 +50,17 @@ class PackedModel:
     padding_tokens = 0
 
     def __init__(
-        self, model: Any, *, tape: str = "draft", max_draft: int = 16, cpu_backend: str = "auto"
+        self,
+        model: Any,
+        *,
+        tape: str = "draft",
+        max_draft: int = 16,
+        cpu_backend: str = "auto",
+        release_weights: bool = False,
     ) -> None:
         check_supported(model.config, type(model))
         self.model = model
+        self.backend = Backend(model, cpu_backend, release_weights)
         self.cache = self._new_cache(tape, max_draft)
         self.forward_passes = self.forward_tokens = 0
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -90,14 +100,15 @@ class PackedModel:
         return logits
 
     def close(self) -> None:
-        """Let every row go."""
+        """Let every row go and put the model's own modules back."""
         for row in self.cache.rows:
             self.cache.free_row(row)
+        self.backend.close()
 
     def _new_cache(self, tape: str, max_draft: int) -> RowCache:
         if hasattr(self.model, "new_row_cache"):
             return self.model.new_row_cache(tape=tape, max_draft=max_draft)
-        return AttentionRowCache()
+        return self.backend.attention_cache()
 
     def _count(self, tokens: int) -> None:
         self.forward_passes += 1

@@ -37,8 +37,8 @@ class PaddedEngine(Engine):
         # The vanilla method reads all prompts of a batch at once, as one rectangle.
         super().__init__(*args, **{"max_prefill_tokens": 2**31, **options})
 
-    def _build_target(self, tape: str, cpu_backend: str) -> PackedModel:
-        return PaddedModel(self.model, cpu_backend=cpu_backend, **self._padding)
+    def _build_target(self, **options: Any) -> PackedModel:
+        return PaddedModel(self.model, **self._padding, **options)
 
 
 class PaddedModel(PackedModel):
@@ -58,7 +58,7 @@ class PaddedModel(PackedModel):
             return super()._new_cache(tape, max_draft)
         if self._pad_cache:
             return RectangularCache(self._pad_input)
-        return UnpaddingCache() if self._pad_input else AttentionRowCache()
+        return UnpaddingCache() if self._pad_input else super()._new_cache(tape, max_draft)
 
     def forward(self, feeds: Sequence[Feed], keep: Sequence[int]) -> Tensor:
         """As `PackedModel.forward`, with every feed padded on the left to the longest one."""

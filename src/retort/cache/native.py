@@ -1,0 +1,75 @@
+"""The attention row cache on the native core: append and attention of all rows in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.cache.attention import AttentionRowCache
+from retort.cache.rows import PackedRows
+from retort.ops.native.attention import RaggedLayout, RowBuffers, ragged_attention
+
+
+class NativeAttentionRowCache(AttentionRowCache):
+    """For float32 models on a CPU; a row's bits do not depend on its company."""
+
+    def __init__(self, poison: float | None = None) -> None:
+        super().__init__(poison)
+        self._new: tuple[Tensor, Tensor] | None = None
+        self._ragged: RaggedLayout | None = None
+        self._pointers: dict[int, tuple[tuple, RowBuffers]] = {}
+        self._generation = 0
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple:
+        """Remember the new keys and values; `attend` stores them where it reads them."""
+        self._new = keys, values
+        for row in self._active().rows:
+            if layer_idx not in self._buffers[row]:
+                self._generation += 1
+                self._buffer(row, layer_idx, keys)
+        return keys, values
+
+    def attend(self, layer_idx: int, query: Tensor, value_dim: int, **options: Any) -> Tensor:
+        """Append, then attention of packed queries ``[1, heads, total, head_dim]``."""
+        assert self._new is not None and self._ragged is not None
+        keys, values = (t[0].transpose(0, 1) for t in self._new)
+        out = ragged_attention(
+            query[0].transpose(0, 1),
+            keys,
+            values,
+            self._ragged,
+            self._row_buffers(layer_idx),
+            **options,
+        )
+        return out.view(out.shape[0], query.shape[1], value_dim)
+
+    def _reserve(self, layout: PackedRows) -> None:
+        super()._reserve(layout)
+        capacities = [self.capacity(row) for row in layout.rows]
+        self._ragged = RaggedLayout(layout.starts, layout.counts, capacities)
+
+    def _grow(self, row: int, used: int, capacity: int) -> None:
+        self._generation += 1
+        super()._grow(row, used, capacity)
+
+    def _close(self, row: int) -> None:
+        self._generation += 1
+        self._pointers.clear()
+        super()._close(row)
+
+    def _row_buffers(self, layer_idx: int) -> RowBuffers:
+        """Addresses of a layer's buffers, made anew only when a row joined, left or grew."""
+        key = (self._active().rows, self._generation)
+        known = self._pointers.get(layer_idx)
+        if known is None or known[0] != key:
+            buffers = [self._buffers[row][layer_idx] for row in key[0]]
+            known = key, RowBuffers([b[0] for b in buffers], [b[1] for b in buffers])
+            self._pointers[layer_idx] = known
+        return known[1]
+
+
+def serves(model: Any) -> bool:
+    """Whether the native kernels fit a model's device and dtype."""
+    return model.device.type == "cpu" and model.dtype == torch.float32

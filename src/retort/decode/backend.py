@@ -1,0 +1,63 @@
+"""Which arithmetic a packed model runs on: the native core, or PyTorch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retort.cache.attention import AttentionRowCache
+from retort.cache.native import NativeAttentionRowCache, serves
+from retort.errors import ConfigurationError
+from retort.ops import native
+from retort.ops.packing import PackedLinears, pack_linears
+
+BACKENDS = ("auto", "native", "torch")
+
+
+def resolve(cpu_backend: str, model: Any) -> str:
+    """``"native"`` or ``"torch"``.
+
+    Raises:
+        ConfigurationError: an unknown name, or the native core was asked for and cannot serve.
+    """
+    if cpu_backend not in BACKENDS:
+        raise ConfigurationError(f"cpu_backend={cpu_backend!r} must be one of {BACKENDS}")
+    fits = serves(model)
+    if cpu_backend == "auto":
+        return "native" if fits and native.available() else "torch"
+    if cpu_backend == "native" and not fits:
+        raise ConfigurationError(
+            f"cpu_backend='native' serves float32 models on a CPU, not {model.dtype} on "
+            f"{model.device}: use cpu_backend='auto'"
+        )
+    if cpu_backend == "native" and not native.available():
+        raise ConfigurationError(f"cpu_backend='native' is not available: {native.why_not()}")
+    return cpu_backend
+
+
+class Backend:
+    """The native core under one model while it decodes; `close` puts its modules back.
+
+    Args:
+        release: drop original weights that only packed layers use, so that memory does not double.
+    """
+
+    def __init__(self, model: Any, cpu_backend: str, release: bool = False) -> None:
+        self.name = resolve(cpu_backend, model)
+        self._linears: PackedLinears | None = None
+        if self.name == "native":
+            self._linears = pack_linears(model, release=release)
+
+    def attention_cache(self) -> AttentionRowCache:
+        """An empty attention cache for this arithmetic."""
+        return NativeAttentionRowCache() if self.name == "native" else AttentionRowCache()
+
+    def refresh(self) -> None:
+        """Pack the model's present weights again, after a training step."""
+        if self._linears is not None:
+            self._linears.refresh()
+
+    def close(self) -> None:
+        """Put the model's own linear layers back."""
+        if self._linears is not None:
+            self._linears.restore()
+            self._linears = None
