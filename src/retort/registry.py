@@ -43,6 +43,12 @@ ARCHITECTURES = (
         causal_lm="DenseRetNetForCausalLM",
         model="DenseRetNetModel",
     ),
+    Architecture(
+        model_type="DenseGauRetNet",
+        module="retort.models.conversion",
+        config="DenseGauRetNetConfig",
+        causal_lm="DenseGauRetNetForCausalLM",
+    ),
 )
 
 

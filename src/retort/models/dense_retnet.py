@@ -275,11 +275,15 @@ class DenseRetNetPreTrainedModel(PreTrainedModel):
 
 
 class DenseRetNetModel(DenseRetNetPreTrainedModel):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm.
+
+    The embedding has no padding index [ours]: where pad and eos are one token, it would zero the
+    embedding of eos and cut its gradient.
+    """
 
     def __init__(self, config: DenseRetNetConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DenseRetNetLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
@@ -318,8 +322,15 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
             raise ConfigurationError(
                 f"attention_mask must be [batch, tokens], it is {list(attention_mask.shape)}"
             )
-        cache = self._cache(past_key_values, use_cache)
         starts = _sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), hidden.shape[1])
+        if getattr(past_key_values, "layout", None) is None and _packed(starts, attention_mask):
+            if use_cache or past_key_values is not None:
+                raise ConfigurationError(
+                    "packed sequences restart at position 0 inside a row, a cached row cannot: "
+                    "pass use_cache=False, or feed them as rows between cache.begin and cache.end"
+                )
+            use_cache = False
+        cache = self._cache(past_key_values, use_cache)
         with self._pass(hidden, attention_mask, starts, cache) as step:
             hidden = self._run_layers(hidden, step)
         return BaseModelOutputWithPast(
@@ -400,6 +411,15 @@ def _sequence_starts(
         starts[0, bounds[bounds < width].long()] = True
         return starts
     return None if position_ids is None else position_ids == 0
+
+
+def _packed(starts: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether a row holds several sequences."""
+    if starts is None or starts.shape[1] == 1:
+        return False
+    if mask is not None:
+        starts = starts.to(mask.device) & mask[:, -starts.shape[1] :].bool()
+    return bool((starts.sum(1) > 1).any())
 
 
 class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, GenerationMixin):
