@@ -1,1 +1,1 @@
-
+"""Where a training step's sequences come from: dataset, student, replay; and their revision."""

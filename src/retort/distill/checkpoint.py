@@ -1,0 +1,163 @@
+"""Checkpoints that are complete or absent, whatever kills the process.
+
+A checkpoint is filled in a hidden sibling folder, given a manifest with the hash of every file,
+brought to disk, and renamed. Resuming takes the newest folder whose files match its manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from retort.distill.config import DistillConfig
+from retort.errors import ConfigurationError
+from retort.manifest import first_fault, write_manifest
+
+logger = logging.getLogger(__name__)
+
+STATE = "distill_state.json"
+TENSORS = "distill_state.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = ".partial"
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint in ``folder``; broken ones are passed over with a warning."""
+    for path in sorted(_all(Path(folder)), key=step_of, reverse=True):
+        fault = first_fault(path, full=True)
+        if fault is None:
+            return path
+        logger.warning("%s is not complete (%s); an older one is looked for", path, fault)
+    return None
+
+
+def require(path: str | Path) -> Path:
+    """``path`` if it is a complete checkpoint. Raises ConfigurationError naming the fault."""
+    fault = first_fault(Path(path), full=True)
+    if fault is not None:
+        raise ConfigurationError(f"cannot resume from {path}: {fault}")
+    return Path(path)
+
+
+def step_of(path: str | Path) -> int:
+    """The optimiser step in a checkpoint's name. Raises ConfigurationError for another name."""
+    found = _NAME.fullmatch(Path(path).name)
+    if found is None:
+        raise ConfigurationError(f"{path} is not named like a checkpoint (checkpoint-100)")
+    return int(found[1])
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder in ``folder`` to fill; removed when filling it fails."""
+    place = folder / f".checkpoint{_PARTIAL}"
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        yield place
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def publish(filled: Path, final: Path) -> None:
+    """Hash ``filled``, bring it to disk and rename it to ``final`` (a broken one gives way)."""
+    write_manifest(filled, {"step": step_of(final)})
+    for path in sorted(filled.rglob("*")):
+        _sync(path)
+    _sync(filled)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(filled, final)
+    _sync(final.parent)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed save left behind."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Keep the newest ``limit`` checkpoints (None or 0: all) and the best one."""
+    paths = sorted(_all(folder), key=step_of)
+    surplus = len(paths) - limit if limit else 0
+    for path in [p for p in paths[:-1] if best is None or p.resolve() != Path(best).resolve()]:
+        if surplus <= 0:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        surplus -= 1
+
+
+def save_state(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a trainer's own state as JSON and safetensors."""
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    if tensors:
+        save_file(dict(tensors), folder / TENSORS)
+
+
+def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `save_state` wrote."""
+    tensors = load_file(folder / TENSORS) if (folder / TENSORS).is_file() else {}
+    return json.loads((folder / STATE).read_text(encoding="utf-8")), tensors
+
+
+FIXED = (
+    "method",
+    "model_name_or_path",
+    "student_type",
+    "student_num_hidden_layers",
+    "teacher_model_name_or_path",
+    "dataset_name",
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+"""Arguments that must not change between a run and its continuation."""
+
+
+def fixed_choices(config: DistillConfig) -> dict[str, Any]:
+    """The values of `FIXED`."""
+    return {name: getattr(config, name) for name in FIXED}
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Raises ConfigurationError, naming the argument, when a run would go on as another one."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ConfigurationError(
+                f"{folder} was made with {name}={before.get(name)!r}, this run has {value!r}: "
+                "choose another output_dir, or the same arguments"
+            )
+
+
+def replace_files(source: Path, target: Path) -> None:
+    """Move every file of ``source`` into ``target``, each replaced in one step."""
+    for path in sorted(source.iterdir()):
+        _sync(path)
+        os.replace(path, target / path.name)
+    _sync(target)
+    source.rmdir()
+
+
+def _all(folder: Path) -> list[Path]:
+    found = folder.glob("checkpoint-*") if folder.is_dir() else iter(())
+    return [path for path in found if path.is_dir() and _NAME.fullmatch(path.name)]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,250 @@
+"""`DistillConfig`: every choice of a distillation run, typed and documented once.
+
+The same fields are the keywords in Python, the flags of ``retort distill`` and the keys of its
+YAML file (`HfArgumentParser`). Names are TRL's where the meaning is equal.
+"""
+
+# ruff: noqa: RUF009  # `_say` returns a dataclass field
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from transformers import TrainingArguments
+
+from retort.distill.losses import DIVERGENCES, SPAN_DISTANCES, DacSettings, divergence
+from retort.distill.presets import KEYS, PRESETS, Preset, preset
+from retort.errors import ConfigurationError
+
+
+def _say(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """Arguments of a distillation run, on top of transformers' TrainingArguments.
+
+    Raises `ConfigurationError`, naming the key, for a value out of range and for a flag that
+    contradicts the method.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # transformers' list: these flags take JSON
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "student_config",
+        "teacher_model_init_kwargs",
+        "divergence_parameters",
+    ]
+
+    method: str = _say("mgsr", f"What to train by: one of {', '.join(PRESETS)}.")
+
+    # Models
+    model_name_or_path: str | None = _say(None, "The student: zoo name, hub id or folder.")
+    model_init_kwargs: dict[str, Any] | str | None = _say(
+        None, "Keywords of the student's from_pretrained, as JSON."
+    )
+    student_type: str | None = _say(
+        None, "'dense_retnet' builds a DenseRetNet student with the teacher's embedding and head."
+    )
+    student_num_hidden_layers: int | None = _say(
+        None, "Layers of the student: that many are cut out of model_name_or_path, or are built."
+    )
+    student_config: dict[str, Any] | str | None = _say(
+        None, "More configuration values of a student that is built, as JSON."
+    )
+    freeze_embeddings: bool = _say(False, "Keep the student's embedding and head as they are.")
+    teacher_model_name_or_path: str | None = _say(
+        None, "The teacher: zoo name, hub id or folder; must share the student's tokenizer."
+    )
+    teacher_model_revision: str | None = _say(None, "Hub revision of the teacher.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _say(
+        None, "Keywords of the teacher's from_pretrained, as JSON."
+    )
+    trust_remote_code: bool = _say(False, "Allow models to bring code of their own.")
+    disable_dropout: bool = _say(True, "Set every dropout of the student to 0.")
+
+    # Data
+    dataset_name: str | None = _say(
+        None, "JSONL or Parquet file, folder, or hub name; rows: messages, or prompt + completion."
+    )
+    dataset_config: str | None = _say(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = _say("train", "Split to train on.")
+    dataset_test_split: str | None = _say(None, "Split of dataset_name to evaluate on.")
+    eval_dataset_name: str | None = _say(None, "Another file, folder or name to evaluate on.")
+    max_train_rows: int | None = _say(None, "Train on the first rows only.")
+    max_eval_rows: int | None = _say(None, "Evaluate on the first rows only.")
+    dataset_num_proc: int | None = _say(None, "Processes that tokenise.")
+    as_chat: bool = _say(False, "Wrap prompts that are plain text as a user's chat message.")
+    max_length: int = _say(
+        1024, "Most tokens of prompt + completion; longer completions are cut, prompts refused."
+    )
+
+    # Sequences
+    max_completion_length: int = _say(512, "N: most tokens that the student writes.")
+    lmbda: float | None = _say(None, "Share of distilled sequences that the student writes.")
+    rollout_batch_size: int = _say(16, "Rows that are written at once.")
+    rollout_drafter: str | None = _say(
+        None, "'prompt-lookup' speculates while the student writes; the text stays the same."
+    )
+    rollout_draft_budget: int = _say(4, "Drafts a row and step; fixed, so that resume is exact.")
+    replay_buffer_size: int = _say(0, "Student sequences that are kept for reuse; 0: none.")
+    replay_share: float = _say(0.0, "Share of the student's sequences that come from the buffer.")
+    scrg: bool | None = _say(None, "Revise the student's sequences at their worst error.")
+    scrg_rounds: int = _say(1, "Corrections of each sequence.")
+    scrg_warmup_steps: float = _say(
+        0.1, "Optimiser steps before sequences are revised; below 1: a share of all steps."
+    )
+
+    # Losses
+    sft_weight: float | None = _say(None, "Weight of cross-entropy on the dataset.")
+    divergence: str | None = _say(
+        None, f"Distance to the teacher: dac, {', '.join(DIVERGENCES)}; by default the method's."
+    )
+    divergence_weight: float | None = _say(None, "Weight of the distance to the teacher.")
+    divergence_parameters: dict[str, Any] | str | None = _say(
+        None, "Parameters of the divergence, as JSON, e.g. '{\"alpha\": 0.1}'."
+    )
+    beta: float | None = _say(None, "β of jsd: 0 is forward KL, 1 reverse KL.")
+    span_weight: float | None = _say(None, "Weight of the span loss.")
+    temperature: float = _say(1.0, "Divides both models' logits in all terms but sft.")
+    loss_chunk_size: int = _say(
+        128, "Tokens whose logits exist at once; 0: all (faster, but holds tokens × vocabulary)."
+    )
+    dac_mode: str = _say("learned", "Band of DAC-KL: learned (under the constraint) or fixed.")
+    dac_top_k: int = _say(64, "K: the teacher's likeliest tokens that DAC-KL looks at.")
+    dac_temperature: float = _say(0.02, "τ: softness of the band's edges.")
+    dac_coverage: float = _say(0.95, "Least mean share of the top-K's mass that a band keeps.")
+    dac_min_coverage: float = _say(0.8, "A token below this share falls back to the full band.")
+    dac_max_hidden: float = _say(0.1, "So does one whose band hides more of its KL than this.")
+    dac_lower: float | None = _say(None, "Lower end of a fixed band; by default all is kept.")
+    dac_upper: float | None = _say(None, "Upper end of a fixed band.")
+    dac_dual_rate: float = _say(2.0, "Step of the constraint's dual variable.")
+    dac_dual_max: float = _say(20.0, "Largest value of the dual variable.")
+    dac_learning_rate: float = _say(1e-3, "Learning rate of the sub-network that sets the band.")
+    span_distance: str = _say("l2", f"Distance of correlations: {', '.join(SPAN_DISTANCES)}.")
+    span_chunker: str = _say("punctuation", "Finds spans: punctuation, spacy, random.")
+
+    # Other defaults than transformers'
+    remove_unused_columns: bool = _say(False, "Kept off: rows are tokenised here.")
+    logging_nan_inf_filter: bool = _say(False, "Kept off: a NaN loss ends the run.")
+    logging_steps: float = _say(10, "Optimiser steps between log records; below 1: a share.")
+
+    def __post_init__(self) -> None:
+        """Check every value that is ours; transformers checks its own."""
+        super().__post_init__()
+        for name, fine, rule in self._rules():
+            if not fine:
+                raise ConfigurationError(f"{name}={getattr(self, name)!r} is wrong: {rule}")
+        self._check_method()
+        self.dac_settings()
+        self.divergence_function()
+
+    @property
+    def recipe(self) -> Preset:
+        """The method with what this configuration overrides."""
+        given = {key: getattr(self, key) for key in KEYS}
+        return replace(
+            preset(self.method), **{key: value for key, value in given.items() if value is not None}
+        )
+
+    @property
+    def divergence_name(self) -> str:
+        """The term's name in logs: "dac", or the divergence's own."""
+        return self.recipe.divergence
+
+    def dac_settings(self) -> DacSettings:
+        """The constants of DAC-KL."""
+        return DacSettings(
+            mode=self.dac_mode,
+            top_k=self.dac_top_k,
+            tau=self.dac_temperature,
+            lower=self.dac_lower,
+            upper=self.dac_upper,
+            coverage=self.dac_coverage,
+            min_coverage=self.dac_min_coverage,
+            max_hidden=self.dac_max_hidden,
+            dual_rate=self.dac_dual_rate,
+            dual_max=self.dac_dual_max,
+        )
+
+    def divergence_function(self) -> Any:
+        """The divergence with its parameters, None for "dac"."""
+        given = dict(self.divergence_parameters or {})  # type: ignore[arg-type]
+        given |= {} if self.beta is None else {"beta": self.beta}
+        if self.recipe.divergence != "dac":
+            return divergence(self.recipe.divergence, **given)
+        if given:
+            raise ConfigurationError(f"divergence 'dac' has no parameter {next(iter(given))!r}")
+        return None
+
+    def scrg_start(self, max_steps: int) -> int:
+        """The optimiser step from which sequences are revised, of ``max_steps`` in all."""
+        warmup = self.scrg_warmup_steps
+        return int(warmup) if warmup >= 1 else int(warmup * max_steps)
+
+    def _check_method(self) -> None:
+        recipe = self.recipe
+        if not recipe.distils and not recipe.sft_weight:
+            raise ConfigurationError(f"method={self.method!r}: every loss weight is 0")
+        if recipe.scrg and not recipe.writes:
+            raise ConfigurationError(
+                f"method={self.method!r} with scrg revises what the student writes, and with "
+                f"lmbda={recipe.lmbda} it writes nothing: raise lmbda or set scrg to false"
+            )
+        unused = [] if recipe.distils else ["lmbda", "beta", "divergence", "divergence_parameters"]
+        for key in unused:
+            if getattr(self, key) not in (None, 0, {}):
+                raise ConfigurationError(
+                    f"{key}={getattr(self, key)!r} contradicts method={self.method!r}, which has "
+                    "no distance to a teacher: set divergence_weight, or choose another method"
+                )
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        share = "it must lie in [0, 1]"
+        positive = "it must be at least 1"
+        shares = ("lmbda", "beta", "replay_share", "dac_coverage", "dac_min_coverage")
+        counts = ("max_length", "max_completion_length", "rollout_batch_size", "scrg_rounds")
+        optional = ("student_num_hidden_layers", "max_train_rows", "max_eval_rows")
+        weights = ("sft_weight", "divergence_weight", "span_weight", "scrg_warmup_steps")
+        names = [*DIVERGENCES, "dac"]
+        return [
+            ("method", self.method in PRESETS, f"use one of {sorted(PRESETS)}"),
+            *((n, _within(getattr(self, n), 0, 1), share) for n in shares),
+            *((n, getattr(self, n) >= 1, positive) for n in counts),
+            *((n, getattr(self, n) is None or getattr(self, n) >= 1, positive) for n in optional),
+            *((n, (getattr(self, n) or 0) >= 0, "it must be 0 or more") for n in weights),
+            ("temperature", self.temperature > 0, "it must be above 0"),
+            ("loss_chunk_size", self.loss_chunk_size >= 0, "it must be 0 (off) or more"),
+            ("rollout_draft_budget", self.rollout_draft_budget >= 0, "it must be 0 or more"),
+            ("replay_buffer_size", self.replay_buffer_size >= 0, "it must be 0 (off) or more"),
+            (
+                "replay_share",
+                not self.replay_share or self.replay_buffer_size > 0,
+                "it needs replay_buffer_size",
+            ),
+            ("divergence", self.divergence in (None, *names), f"use one of {names}"),
+            (
+                "span_distance",
+                self.span_distance in SPAN_DISTANCES,
+                f"use one of {list(SPAN_DISTANCES)}",
+            ),
+            (
+                "student_type",
+                self.student_type in (None, "dense_retnet"),
+                "use 'dense_retnet', or leave it out",
+            ),
+        ]
+
+
+def _within(value: float | None, least: float, most: float) -> bool:
+    return value is None or least <= value <= most
+
+
+def resolved(config: DistillConfig) -> dict[str, Any]:
+    """Every argument as plain values, without secrets: can be given back as a YAML file."""
+    known = {f.name for f in fields(config) if f.init}
+    values = config.to_dict()
+    secrets = {name for name in known if name.endswith("_token")}
+    return {name: value for name, value in values.items() if name in known - secrets}

@@ -1,0 +1,76 @@
+"""A causal model up to its head: the hidden states that chunked losses turn into logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retort.distill.signals import Head
+
+
+class HeadlessModel:
+    """Gives hidden states ``[R, T, D]`` and the head that makes logits ``[n, V]`` of ``[n, D]``.
+
+    The model's own forward runs (so that wrappers see it), but its head is given one position
+    only. Where a model does more after its head than apply it (a soft cap, a scale), that is
+    noticed once, here, and its full logits stand in for hidden states with the identity as head.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        module = model.get_output_embeddings()
+        self.plain = module is not None and _explains_logits(model, module)
+        self.module: nn.Module | None = module
+        self.head: Head = module if module is not None and self.plain else _identity
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, through: Any = None) -> Tensor:
+        """Hidden states of a right-padded batch; ``through`` is the model as it is wrapped."""
+        call = self.model if through is None else through
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if not self.plain or self.module is None:
+            return call(**inputs).logits
+        with _narrowed(self.module) as seen:
+            call(**inputs)
+        return seen[0]
+
+
+def _identity(logits: Tensor) -> Tensor:
+    return logits
+
+
+@contextmanager
+def _narrowed(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Catch what the head is given, and let it compute one position only."""
+    seen: list[Tensor] = []
+
+    def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(args[0])
+        return (args[0][:, :1], *args[1:])
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _explains_logits(model: Any, head: nn.Module) -> bool:
+    """Whether the head alone makes the model's logits (a cast to float32 is no difference)."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with _narrowed(head) as seen:
+            logits = model(input_ids=ids, use_cache=False).logits
+        if len(seen) != 1:
+            return False
+        ours = head(seen[0][:, :1])
+    finally:
+        for module in training:
+            module.training = True
+    return ours.shape == logits.shape and torch.equal(ours.to(logits.dtype), logits)

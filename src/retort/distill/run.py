@@ -1,0 +1,92 @@
+"""A whole run from its configuration: what ``retort distill`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, set_seed
+
+from retort.distill import checkpoint
+from retort.distill.config import DistillConfig
+from retort.distill.data import load_rows
+from retort.distill.init import build_student
+from retort.distill.signals import check_vocabularies
+from retort.distill.teachers import load_teacher
+from retort.distill.trainer import DistillTrainer
+from retort.errors import ConfigurationError
+
+
+def run(config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Train as ``config`` says and return its output folder, which holds the student.
+
+    A run on an ``output_dir`` that has a complete checkpoint goes on from the newest one, and
+    ends in the weights of an unbroken run; ``resume_from_checkpoint`` names another one. Raises
+    ConfigurationError, before anything is trained, for what does not fit together.
+    """
+    folder = Path(config.output_dir or "")
+    start = config.resume_from_checkpoint or checkpoint.newest(folder)
+    trainer = build_trainer(config, callbacks)
+    if trainer.args.should_save:
+        checkpoint.clean(folder)
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    trainer.save_model()
+    trainer.save_state()
+    return folder
+
+
+def build_trainer(
+    config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()
+) -> DistillTrainer:
+    """Load data, tokenizer, teacher and student, and put them together."""
+    set_seed(config.seed)
+    train, evaluation = _train_rows(config), _eval_rows(config)
+    teacher = _teacher(config)
+    tokenizer = _tokenizer(config)
+    return DistillTrainer(
+        model=build_student(config, teacher),
+        args=config,
+        teacher_model=teacher,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+def _teacher(config: DistillConfig) -> Any:
+    needed = config.recipe.distils or config.student_type is not None
+    return load_teacher(config) if needed or config.teacher_model_name_or_path else None
+
+
+def _tokenizer(config: DistillConfig) -> Any:
+    """The student's tokenizer, which must be the teacher's where both have one."""
+    from retort.models import zoo
+
+    names = [config.model_name_or_path, config.teacher_model_name_or_path]
+    found = [zoo.load_tokenizer(n, config.trust_remote_code) for n in dict.fromkeys(names) if n]
+    if not found:
+        raise ConfigurationError("no student: set model_name_or_path, or student_type")
+    if len(found) == 2 and config.recipe.distils:
+        check_vocabularies(teacher=found[1], student=found[0])
+    return found[0]
+
+
+def _train_rows(config: DistillConfig) -> Any:
+    if config.dataset_name is None:
+        raise ConfigurationError("no data: set dataset_name to a file, folder or hub name")
+    rows = load_rows(config.dataset_name, config.dataset_train_split, config.dataset_config)
+    return _first(rows, config.max_train_rows)
+
+
+def _eval_rows(config: DistillConfig) -> Any:
+    name, split = config.eval_dataset_name, config.dataset_test_split
+    if name is None and split is None:
+        return None
+    rows = load_rows(name or config.dataset_name or "", split or "train", config.dataset_config)
+    return _first(rows, config.max_eval_rows)
+
+
+def _first(rows: Any, count: int | None) -> Any:
+    return rows if count is None else rows.select(range(min(count, len(rows))))

@@ -1,0 +1,125 @@
+"""transformers' Trainer with checkpoints that are complete or absent (see `checkpoint`)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+
+from retort.distill import checkpoint
+from retort.errors import ConfigurationError, RetortError
+
+
+class WholeCheckpointTrainer(Trainer):
+    """Saves through a sibling folder and carries a subclass's own state along."""
+
+    _staging: Path | None = None
+
+    @abstractmethod
+    def carried(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The subclass's state: JSON values and tensors."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+        """Take back what `carried` gave; it was found in ``folder``."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """transformers' `train`; ``True`` takes the newest *complete* checkpoint.
+
+        Raises ConfigurationError when the one that is named is damaged or there is none.
+        """
+        start: str | None = None
+        if resume_from_checkpoint is True:
+            newest = checkpoint.newest(self._folder)
+            if newest is None:
+                raise ConfigurationError(f"no complete checkpoint in {self._folder}")
+            start = str(newest)
+        elif resume_from_checkpoint:
+            start = str(checkpoint.require(resume_from_checkpoint))
+        return super().train(start, trial, ignore_keys_for_eval)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write model and tokenizer; in a run's own folder each file is replaced whole."""
+        if _internal_call or self.accelerator.num_processes > 1:
+            super().save_model(output_dir, _internal_call)
+            return
+        final = Path(output_dir or self._folder)
+        with checkpoint.staging(final) as place:
+            super().save_model(str(place), _internal_call)
+            checkpoint.replace_files(place, final)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        with self._disk_errors(), checkpoint.staging(folder) as place:
+            with self._saving_to(place):
+                super()._save_checkpoint(model, trial)
+            self._finish_checkpoint(place / name, folder / name)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            checkpoint.rotate(folder, self.args.save_total_limit, best)
+
+    def _finish_checkpoint(self, filled: Path, final: Path) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._name_best(filled, final.parent)
+            checkpoint.save_state(filled, *self.carried())
+            checkpoint.publish(filled, final)
+            filled.parent.rmdir()
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _name_best(self, filled: Path, folder: Path) -> None:
+        """Name the best checkpoint where it will lie; while it was saved it lay elsewhere."""
+        if self.state.best_global_step:
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            known = best.is_dir() or best.name == filled.name
+            self.state.best_model_checkpoint = str(best) if known else None
+            self.state.save_to_json(str(filled / TRAINER_STATE_NAME))
+
+    @contextmanager
+    def _saving_to(self, place: Path) -> Iterator[None]:
+        push, self.args.push_to_hub = self.args.push_to_hub, False
+        self._staging = place
+        try:
+            yield
+        finally:
+            self._staging, self.args.push_to_hub = None, push
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RetortError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({error}); "
+                "older ones are untouched: make room and run the same command again"
+            ) from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._restore_from(Path(checkpoint))
+
+    def _restore_from(self, folder: Path) -> None:
+        self.restore(*checkpoint.load_state(folder), folder)

@@ -1,0 +1,65 @@
+"""The teacher: a frozen model, given or loaded by name, whose signal the losses read."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.distill.batch import Batch
+from retort.distill.config import DistillConfig
+from retort.distill.hidden import HeadlessModel
+from retort.distill.signals import HeadSignal
+from retort.errors import ConfigurationError
+
+
+class Teacher:
+    """A causal model in evaluation mode, without gradients.
+
+    ``model`` is put on ``device`` and frozen. Its predictions are hidden states and a head
+    (`HeadSignal`), so that the logits ``[N, V]`` never exist at once. ``seconds`` adds up the time
+    of its forwards (heads, which run inside the losses, left out).
+    """
+
+    def __init__(self, model: Any, device: torch.device | str | None = None) -> None:
+        self.model = model if device is None else model.to(device)
+        self.model.eval().requires_grad_(False)
+        self.headless = HeadlessModel(self.model)
+        self.seconds = 0.0
+
+    @torch.no_grad()
+    def signal(self, batch: Batch, mask: Tensor) -> HeadSignal:
+        """What the teacher predicts at ``mask`` (bool ``[R, T]``), in the batch's order.
+
+        Rows without any such position are not run.
+        """
+        rows = mask.any(1)
+        ids, attention = batch["input_ids"][rows], batch["attention_mask"][rows]
+        if not len(ids):
+            return HeadSignal(self._nothing(), self.headless.head)
+        started = perf_counter()
+        hidden = self.headless.hidden(ids, attention)
+        self.seconds += perf_counter() - started
+        return HeadSignal(hidden[mask[rows]], self.headless.head)
+
+    def _nothing(self) -> Tensor:
+        config = self.model.config.get_text_config()
+        width = config.hidden_size if self.headless.plain else config.vocab_size
+        return torch.zeros(0, width, device=self.model.device, dtype=self.model.dtype)
+
+
+def load_teacher(config: DistillConfig) -> Any:
+    """The model that the configuration names. Raises ConfigurationError when it names none."""
+    from retort.models import zoo
+
+    if config.teacher_model_name_or_path is None:
+        raise ConfigurationError(
+            f"method={config.method!r} needs a teacher: set teacher_model_name_or_path"
+        )
+    keywords = dict(config.teacher_model_init_kwargs or {})  # type: ignore[arg-type]
+    if config.teacher_model_revision is not None:
+        keywords["revision"] = config.teacher_model_revision
+    name, remote = config.teacher_model_name_or_path, config.trust_remote_code
+    return zoo.load_model(name, trust_remote_code=remote, **keywords)

@@ -1,0 +1,337 @@
+"""`DistillTrainer`: transformers' Trainer with a teacher, student rollouts and exact resume.
+
+A step: `get_batch_samples` takes the accumulation window, lets `Sources` write (and revise) its
+sequences once and counts tokens over all processes; `compute_loss` evaluates the `Objective` on
+each batch; after the last backward the band of DAC-KL moves once. Everything that carries over
+to the next step is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput
+
+from retort.distill import checkpoint, metrics
+from retort.distill.batch import Batch, TrainingSequence, build_batch
+from retort.distill.callbacks import StepCallback
+from retort.distill.config import DistillConfig
+from retort.distill.data import Encoding, Example, collate, end_tokens, tokenize
+from retort.distill.hidden import HeadlessModel
+from retort.distill.init import build_student, disable_dropout
+from retort.distill.objective import Objective
+from retort.distill.records import RunLog, correction_record
+from retort.distill.saving import WholeCheckpointTrainer
+from retort.distill.sequences.replay import ReplayBuffer
+from retort.distill.sequences.sources import (
+    Sources,
+    StudentWriter,
+    Writing,
+    WritingSettings,
+    source_shares,
+)
+from retort.distill.teachers import Teacher, load_teacher
+from retort.errors import ConfigurationError, RetortError
+
+KEPT_CORRECTIONS = 64
+
+
+class DistillTrainer(WholeCheckpointTrainer):
+    """Train a student by the method that its `DistillConfig` names.
+
+    Args:
+        model: the student, or its name (then built as the configuration says).
+        args: a `DistillConfig`.
+        teacher_model: the teacher or its name; not needed by methods without one.
+        train_dataset, eval_dataset: rows as `retort.distill.data` describes (a `Dataset`, a
+            list of dictionaries; for evaluation also a dictionary of either).
+        processing_class: the tokenizer that both models share.
+
+    Raises:
+        ConfigurationError: the method needs a teacher and there is none; rows that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: DistillConfig | None = None,
+        teacher_model: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **keywords: Any,
+    ) -> None:
+        args = args if args is not None else DistillConfig()
+        if processing_class is None:
+            raise ConfigurationError("DistillTrainer needs processing_class, the tokenizer")
+        teacher_model = _teacher_model(args, teacher_model)
+        model = _student_model(args, model, teacher_model)
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.end_tokens = end_tokens(processing_class, model)
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        encode = _Encoder(args, processing_class, self.end_tokens)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            processing_class=processing_class,
+            **{name: encode(rows, name) for name, rows in data.items()},
+            **keywords,
+        )
+        self.loss_is_scaled_for_ga = True  # every term is divided by its count of the whole step
+        self._set_up(args, teacher_model, processing_class)
+
+    def _set_up(self, args: DistillConfig, teacher_model: Any, tokenizer: Any) -> None:
+        self.config, self.recipe, self.tokens = args, args.recipe, tokenizer
+        self.teacher = None if teacher_model is None else Teacher(teacher_model, args.device)
+        self.student = HeadlessModel(self._bare_student())
+        self.objective: Objective = Objective(args, tokenizer, args.device)
+        self.sources = self._build_sources()
+        self.meter, self.eval_meter = metrics.Meter(), metrics.Meter()
+        self.corrections: list[dict[str, Any]] = []
+        self.run_log = RunLog(str(args.output_dir), self.is_world_process_zero())
+        self._counts: dict[str, float] = {}
+        self._step = metrics.Meter()
+        self.add_callback(StepCallback(self))
+
+    def _bare_student(self) -> Any:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _build_sources(self) -> Sources:
+        config, writer = self.config, None
+        if self.recipe.writes:
+            settings = WritingSettings(
+                end_tokens=self.end_tokens,
+                max_completion_length=config.max_completion_length,
+                max_length=config.max_length,
+                batch_size=config.rollout_batch_size,
+                drafter=config.rollout_drafter,
+                draft_budget=config.rollout_draft_budget,
+                rounds=config.scrg_rounds,
+            )
+            teacher = None if self.teacher is None else self.teacher.model
+            writer = StudentWriter(self._bare_student(), teacher, settings)
+        buffer = ReplayBuffer(config.replay_buffer_size)
+        return Sources(self.recipe, writer, config.seed, buffer, config.replay_share)
+
+    # A training step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The batches of an optimiser step, as tensors, with what the student wrote for it."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        window = self._sequences([batch["examples"] for batch in batches])
+        built = [self._batch(sequences) for sequences in window]
+        self._counts = self._global_counts(built)
+        return built, None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The weighted terms of one batch, each divided by its count of the whole step.
+
+        Multiplied by the number of processes, because gradients are averaged over them. Raises
+        RetortError, before anything is changed, when a term is not finite.
+        """
+        sums = self.objective.sums(self.student, self.teacher, inputs, through=model)
+        numbers = metrics.term_sums(sums)
+        self._require_finite(numbers)
+        self.meter.add(numbers)
+        self._step.add(numbers)
+        return self.objective.combine(sums, self._counts) * self.accelerator.num_processes
+
+    def training_step(self, *args: Any, **keywords: Any) -> Tensor:
+        """One batch forward and backward; its time is split between teacher and training."""
+        teacher = 0.0 if self.teacher is None else self.teacher.seconds
+        started = perf_counter()
+        loss = super().training_step(*args, **keywords)
+        elapsed = perf_counter() - started
+        teaching = 0.0 if self.teacher is None else self.teacher.seconds - teacher
+        self.meter.add({"time/teacher": teaching, "time/train": elapsed - teaching})
+        return loss
+
+    def finish_step(self) -> None:
+        """Move DAC-KL's sub-network and dual variable, once an optimiser step."""
+        sums = self._summed(self._step.take())
+        if self.objective.bands is not None:
+            self.objective.bands.step(self.accelerator)
+            count = sums.get("dac.count", 0.0)
+            self.objective.bands.update(sums["dac.coverage"] / count if count else None)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise RetortError(
+                f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}: "
+                "lower learning_rate or max_grad_norm; the newest checkpoint is intact"
+            )
+        return norm
+
+    def _sequences(self, window: list[list[Example]]) -> list[list[TrainingSequence]]:
+        started, step = perf_counter(), self.state.global_step
+        revise = self.recipe.scrg and step >= self.config.scrg_start(self.state.max_steps)
+        sequences, writing = self.sources.draw(window, step, revise)
+        self.meter.add({"time/rollout": perf_counter() - started - writing.teacher_seconds})
+        self.meter.add({"time/teacher": writing.teacher_seconds})
+        self.meter.add({f"source/{k}": float(v) for k, v in source_shares(sequences).items()})
+        self._record(writing, step)
+        return sequences
+
+    def _record(self, writing: Writing, step: int) -> None:
+        if writing.texts:
+            self.meter.add({"rollout/tokens": float(writing.written_tokens)})
+            self.meter.add({"rollout/texts": float(len(writing.texts))})
+        self.meter.add(metrics.scrg_sums(writing.counts))
+        made = [correction_record(c, step, self.tokens) for c in writing.corrections]
+        self.corrections = [*self.corrections, *made][-KEPT_CORRECTIONS:]
+
+    def _batch(self, sequences: list[TrainingSequence]) -> Batch:
+        pad = self.tokens.pad_token_id
+        return build_batch(
+            sequences, self.end_tokens[0] if pad is None else pad, self.objective.tagger
+        )
+
+    def _global_counts(self, batches: list[Batch]) -> dict[str, float]:
+        counts = metrics.Meter()
+        for batch in batches:
+            counts.add(self.objective.counts(batch))
+        return self._summed(counts.take())
+
+    def _summed(self, sums: dict[str, float]) -> dict[str, float]:
+        """Sums over all processes."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        total = metrics.Meter()
+        for part in gather_object([sums]):
+            total.add(part)
+        return total.take()
+
+    def _require_finite(self, numbers: Mapping[str, float]) -> None:
+        bad = [k for k, v in numbers.items() if k.endswith(".total") and not math.isfinite(v)]
+        if bad:
+            name = bad[0].removesuffix(".total")
+            raise RetortError(
+                f"the loss term {name!r} is {numbers[bad[0]]} at step "
+                f"{self.state.global_step + 1}: lower learning_rate, or look at the data of this "
+                "step; the newest checkpoint is intact"
+            )
+
+    # Evaluation: the dataset's completions under every term
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """The loss of one batch of dataset completions; sums are kept for `evaluation_loop`."""
+        both = self.teacher is not None and self.recipe.distils
+        supervised = self.recipe.sft_weight > 0
+        sequences = [
+            TrainingSequence(e.prompt_ids, e.completion_ids, supervised, both)
+            for e in inputs["examples"]
+        ]
+        batch = self._prepare_inputs(self._batch(sequences))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = self.objective.sums(self.student, self.teacher, batch, through=model)
+            loss = self.objective.combine(sums, self.objective.counts(batch))
+        self.eval_meter.add(metrics.term_sums(sums))
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **keywords: Any) -> EvalLoopOutput:
+        """transformers' loop; means of each term are added, over tokens and not over batches."""
+        self.eval_meter.take()
+        output = super().evaluation_loop(*args, **keywords)
+        prefix = keywords.get("metric_key_prefix", "eval")
+        means = metrics.term_means(self._summed(self.eval_meter.take()))
+        weights = self.objective.weights
+        found = {f"{prefix}_{name}": value for name, value in means.items()}
+        found[f"{prefix}_loss"] = sum(w * means.get(n, 0.0) for n, w in weights.items())
+        return output._replace(metrics={**(output.metrics or {}), **found})
+
+    # Log
+
+    def begin_run(self) -> None:
+        """Open the run's log at the step where training goes on."""
+        self.run_log.start(self.config, self.state.global_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms and phase times since the last record, and write the run's own log."""
+        if "loss" in logs:
+            logs |= metrics.numbers(self._summed(self.meter.take()))
+            if self.objective.bands is not None:
+                logs["dac/dual"] = self.objective.bands.state.dual
+            self.run_log.corrections(self.corrections)
+        super().log(logs, start_time)
+        self.run_log.append({**logs, "step": self.state.global_step})
+
+    # What the checkpoint carries
+
+    def carried(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything that the next step reads beside weights, optimiser and random numbers."""
+        bands = self.objective.bands
+        state = {
+            "meter": self.meter.state_dict(),
+            "buffer": self.sources.buffer.state_dict(),
+            "corrections": self.corrections,
+            "bands": None if bands is None else bands.numbers(),
+            "fixed": checkpoint.fixed_choices(self.config),
+        }
+        return state, {} if bands is None else bands.tensors()
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+        """Take back what `carried` gave; refuses to go on as another run."""
+        checkpoint.check_same_run(state["fixed"], checkpoint.fixed_choices(self.config), folder)
+        self.meter.load_state_dict(state["meter"])
+        self.sources.buffer.load_state_dict(state["buffer"])
+        self.corrections = state["corrections"]
+        if self.objective.bands is not None:
+            self.objective.bands.load(state["bands"], tensors)
+
+
+class _Encoder:
+    """Tokenises what the trainer is given, unless it is tokenised already."""
+
+    def __init__(self, config: DistillConfig, tokenizer: Any, end: tuple[int, ...]) -> None:
+        self.config, self.tokenizer, self.end = config, tokenizer, end
+
+    def __call__(self, rows: Any, origin: str) -> Any:
+        if rows is None:
+            return None
+        if isinstance(rows, dict):
+            return {name: self(part, f"{origin} {name!r}") for name, part in rows.items()}
+        evaluating = origin.startswith("eval")
+        encoding = Encoding(
+            tokenizer=self.tokenizer,
+            eos_ids=self.end,
+            max_length=self.config.max_length,
+            completion=evaluating or self.config.recipe.reads_dataset,
+            as_chat=self.config.as_chat,
+            origin=getattr(rows, "origin", origin),
+        )
+        return tokenize(rows, encoding, self.config.dataset_num_proc)
+
+
+def _teacher_model(config: DistillConfig, given: Any) -> Any:
+    if isinstance(given, str):
+        config.teacher_model_name_or_path, given = given, None
+    needed = config.recipe.distils or config.student_type is not None
+    named = config.teacher_model_name_or_path is not None
+    return load_teacher(config) if given is None and (needed or named) else given
+
+
+def _student_model(config: DistillConfig, given: Any, teacher: Any) -> Any:
+    if isinstance(given, str):
+        config.model_name_or_path, given = given, None
+    return build_student(config, teacher) if given is None else given
