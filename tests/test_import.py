@@ -25,7 +25,8 @@ ORDERS = {
     "transformers first": "from transformers import AutoConfig; import retort",
     "auto models first": "import transformers.models.auto.modeling_auto, retort\n"
     "from transformers import AutoConfig",
-    "our classes first": "from retort import DenseRetNetConfig; from transformers import AutoConfig",
+    "our classes first": "from retort import DenseRetNetConfig\n"
+    "from transformers import AutoConfig",
     # transformers loads its Auto classes in the middle of these two modules.
     "in the middle of modeling_utils": "import retort, transformers.modeling_utils\n"
     "from transformers import AutoConfig",
@@ -36,6 +37,17 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_auto_classes_find_ours_in_any_import_order(python, order):
     python(ORDERS[order] + "\n" + USE)
+
+
+def test_published_checkpoints_load_by_their_own_model_type(python):
+    code = """
+import retort
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model("DenseGauRetNet", vocab_size=16, hidden_size=64, query_key_dim=8,
+                              num_attention_heads=2, num_hidden_layers=1)
+print(type(AutoModelForCausalLM.from_config(config)).__name__)
+"""
+    assert python(code).strip() == "DenseGauRetNetForCausalLM"
 
 
 def test_import_loads_neither_torch_nor_transformers(python):

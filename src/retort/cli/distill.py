@@ -26,6 +26,8 @@ def distill(
 ) -> None:
     """Distil a teacher into a student; the same command goes on where a killed run stopped.
 
+    Prints the output folder, which holds the student.
+
     Flags and YAML keys are the fields of DistillConfig, which extends transformers'
     TrainingArguments: --teacher_model_name_or_path, --student_type, --dataset_name, --method,
     --output_dir and many more. An unknown one is an error.
@@ -49,4 +51,4 @@ def distill(
     settings = parse_flags(DistillConfig, arguments, prog)
     from retort.distill.run import run
 
-    run(settings)
+    print(run(settings))

@@ -56,6 +56,8 @@ def load_model(
             output_loading_info=True,
             **keywords,
         )
+    except RetortError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RetortError(f"cannot load the model {where!r}: {_one_line(error)}") from error
     model, info = loaded

@@ -109,15 +109,15 @@ def resolve(
     name = os.fspath(name_or_path)
     if name in ENTRIES:
         return _resolve_entry(ENTRIES[name], say or _say, full_check)
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    if (folder := _local_folder(name)) is not None:
+        return folder
     return _resolve_hub(_require_hub_id(name), say or _say)
 
 
 def locate(name_or_path: str | os.PathLike[str], say: Say | None = None) -> str:
     """What ``from_pretrained`` should be given: a folder, or the hub id as it stands."""
     name = os.fspath(name_or_path)
-    if name in ENTRIES or Path(name).expanduser().is_dir():
+    if name in ENTRIES or _local_folder(name) is not None:
         return str(resolve(name, say))
     return _require_hub_id(name)
 
@@ -142,6 +142,11 @@ def load_tokenizer(
     from retort.models import loader
 
     return loader.load_tokenizer(locate(name_or_path), trust_remote_code)
+
+
+def _local_folder(name: str) -> Path | None:
+    path = os.path.expanduser(name)
+    return Path(path) if name and os.path.isdir(path) else None
 
 
 def _resolve_entry(entry: ZooEntry, say: Say, full_check: bool) -> Path:
