@@ -50,6 +50,7 @@ class Objective:
 
     Attributes:
         streams: what is computed; a stream without terms is left out.
+        measured: what an evaluation with a teacher computes: acceptance for every method.
         bands: DAC-KL's state, None without it.
         tagger: gives span ids, None without a span loss.
     """
@@ -66,6 +67,8 @@ class Objective:
         if recipe.span_weight:
             self.tagger = SpanTagger(tokenizer, config.span_chunker, config.seed)
         self.streams = tuple(s for s in (self._supervised(), self._distilled()) if s.terms)
+        alpha = Stream("distilled", (AcceptanceMetric(),), {})
+        self.measured = self.streams if recipe.distils else (*self.streams, alpha)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -84,15 +87,21 @@ class Objective:
         return found
 
     def sums(
-        self, student: HeadlessModel, teacher: Teacher | None, batch: Batch, through: Any = None
+        self,
+        student: HeadlessModel,
+        teacher: Teacher | None,
+        batch: Batch,
+        through: Any = None,
+        streams: tuple[Stream, ...] | None = None,
     ) -> dict[str, TermSum]:
         """Every term's sum over ``batch``; one forward of the student for all of them.
 
-        ``through`` is the student as accelerate wrapped it.
+        ``through`` is the student as accelerate wrapped it; ``streams`` are the training's by
+        default.
         """
         hidden = student.hidden(batch["input_ids"], batch["attention_mask"], through)
         found: dict[str, TermSum] = {}
-        for stream in self.streams:
+        for stream in self.streams if streams is None else streams:
             mask = stream_mask(batch, stream.name)
             signal = teacher.signal(batch, mask) if teacher and stream.name == "distilled" else None
             found |= chunked_loss(

@@ -77,13 +77,13 @@ class DistillTrainer(WholeCheckpointTrainer):
             disable_dropout(model)
         self.end_tokens = end_tokens(processing_class, model)
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        encode = _Encoder(args, processing_class, self.end_tokens)
+        ends = self.end_tokens
         super().__init__(
             model=model,
             args=args,
             data_collator=collate,
             processing_class=processing_class,
-            **{name: encode(rows, name) for name, rows in data.items()},
+            **{k: _tokenized(v, k, args, processing_class, ends) for k, v in data.items()},
             **keywords,
         )
         self.loss_is_scaled_for_ga = True  # every term is divided by its count of the whole step
@@ -236,15 +236,16 @@ class DistillTrainer(WholeCheckpointTrainer):
         self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
         """The loss of one batch of dataset completions; sums are kept for `evaluation_loop`."""
-        both = self.teacher is not None and self.recipe.distils
+        taught = self.teacher is not None
         supervised = self.recipe.sft_weight > 0
         sequences = [
-            TrainingSequence(e.prompt_ids, e.completion_ids, supervised, both)
+            TrainingSequence(e.prompt_ids, e.completion_ids, supervised, taught)
             for e in inputs["examples"]
         ]
         batch = self._prepare_inputs(self._batch(sequences))
         with torch.no_grad(), self.compute_loss_context_manager():
-            sums = self.objective.sums(self.student, self.teacher, batch, through=model)
+            streams = self.objective.measured if taught else self.objective.streams
+            sums = self.objective.sums(self.student, self.teacher, batch, model, streams)
             loss = self.objective.combine(sums, self.objective.counts(batch))
         self.eval_meter.add(metrics.term_sums(sums))
         return loss.detach(), None, None
@@ -300,27 +301,23 @@ class DistillTrainer(WholeCheckpointTrainer):
             self.objective.bands.load(state["bands"], tensors)
 
 
-class _Encoder:
-    """Tokenises what the trainer is given, unless it is tokenised already."""
-
-    def __init__(self, config: DistillConfig, tokenizer: Any, end: tuple[int, ...]) -> None:
-        self.config, self.tokenizer, self.end = config, tokenizer, end
-
-    def __call__(self, rows: Any, origin: str) -> Any:
-        if rows is None:
-            return None
-        if isinstance(rows, dict):
-            return {name: self(part, f"{origin} {name!r}") for name, part in rows.items()}
-        evaluating = origin.startswith("eval")
-        encoding = Encoding(
-            tokenizer=self.tokenizer,
-            eos_ids=self.end,
-            max_length=self.config.max_length,
-            completion=evaluating or self.config.recipe.reads_dataset,
-            as_chat=self.config.as_chat,
-            origin=getattr(rows, "origin", origin),
-        )
-        return tokenize(rows, encoding, self.config.dataset_num_proc)
+def _tokenized(rows: Any, name: str, config: DistillConfig, tokenizer: Any, end: tuple) -> Any:
+    """Rows of the argument ``name`` as ids; a dictionary of datasets stays one."""
+    if rows is None:
+        return None
+    if isinstance(rows, dict):
+        return {k: _tokenized(v, f"{name} {k!r}", config, tokenizer, end) for k, v in rows.items()}
+    evaluating = name.startswith("eval")
+    origin = (config.eval_dataset_name if evaluating else None) or config.dataset_name or name
+    encoding = Encoding(
+        tokenizer=tokenizer,
+        eos_ids=end,
+        max_length=config.max_length,
+        completion=evaluating or config.recipe.reads_dataset,
+        as_chat=config.as_chat,
+        origin=Path(origin).name,
+    )
+    return tokenize(rows, encoding, config.dataset_num_proc)
 
 
 def _teacher_model(config: DistillConfig, given: Any) -> Any:

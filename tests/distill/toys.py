@@ -1,0 +1,65 @@
+"""Tiny models, a tokenizer and rows for the trainer's tests."""
+
+import torch
+
+from retort.distill.config import DistillConfig
+from retort.distill.trainer import DistillTrainer
+from tests.decode.toys import toy
+from tests.distill.tokenizers import byte_level
+
+WORDS = ["the cat", "a dog sat", "hello", "my old house, far off", "we know", "green", "x", "on"]
+ROWS = [{"prompt": f"{w} and", "completion": f" {w[::-1]}."} for w in WORDS]
+
+
+def tokenizer():
+    """Bytes; it pads with its end token, as SmolLM2's does."""
+    made = byte_level(merges=False)
+    made.pad_token = made.eos_token
+    return made
+
+
+def llama(seed=1, layers=2, dtype=torch.float32, **changes):
+    """A random llama over the tokenizer's 258 ids."""
+    sizes = {"vocab_size": 258, "num_hidden_layers": layers, "eos_token_id": 0, "hidden_size": 32}
+    sizes |= {"head_dim": 8, "intermediate_size": 48, "pad_token_id": None}
+    return toy("llama", seed, dtype, **{**sizes, **changes})
+
+
+def config(folder, **changes):
+    """Four optimiser steps of 2 × 2 rows on the CPU, quiet."""
+    values = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_length": 64,
+        "max_completion_length": 8,
+        "scrg_warmup_steps": 0,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return DistillConfig(**{**values, **changes})
+
+
+def trainer(folder, student=None, teacher=None, rows=ROWS, **changes):
+    """A trainer over `ROWS` with random models."""
+    callbacks = changes.pop("callbacks", None)
+    evaluation = changes.pop("eval_dataset", None)
+    return DistillTrainer(
+        model=student or llama(2),
+        args=config(folder, **changes),
+        teacher_model=teacher or llama(1),
+        train_dataset=rows,
+        eval_dataset=evaluation,
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def weights(model):
+    """A copy of every parameter, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
