@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; with ``--debug`` errors keep their traceback."""
+    if not sys.stderr.isatty():  # in a log file every redrawn bar would be a line
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from retort.cli.app import command
 
     arguments, debug = _split_debug(arguments)

@@ -91,7 +91,7 @@ def _converted(parser: FlagParser, action: Action, value: Any, file: Path) -> An
     """Check a YAML value as argparse would check the same text on the command line."""
     if value is None or isinstance(value, dict):
         return value
-    if isinstance(value, list):
+    if isinstance(value, list) and action.nargs is not None:
         return [_converted(parser, action, item, file) for item in value]
     try:
         converted = parser._get_value(action, str(value))

@@ -199,7 +199,7 @@ def _require_hub_id(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), ENTRIES, n=3, cutoff=0.4) or list(ENTRIES)
     kind = "folder" if os.sep in name or name.startswith((".", "~")) else "model"
     raise ConfigurationError(
-        f"unknown {kind} {name!r}; nearest known: {', '.join(near)} "
+        f"unknown {kind} {name[:200]!r}; nearest known: {', '.join(near)} "
         "(a local folder or a hub id owner/name works too)"
     )
 

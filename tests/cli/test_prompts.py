@@ -1,0 +1,51 @@
+"""Prompt files: what is read, and what is named when it is wrong."""
+
+import json
+
+import pytest
+
+from retort.cli.prompts import read_prompts
+from retort.errors import ConfigurationError
+
+
+def test_text_is_one_prompt_a_line(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one\n\n  two\n", encoding="utf-8")
+    assert read_prompts(file) == ["one", "  two"]
+
+
+def test_json_lines_of_each_kind(tmp_path):
+    messages = [{"role": "user", "content": "hi"}]
+    rows = [{"prompt": "one"}, {"messages": messages}, {"text": "three"}, {"prompt": messages}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert read_prompts(file) == ["one", messages, "three", messages]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "holds no prompts"),
+        ("a.txt", b"\n \n", "holds no prompts"),
+        ("a.jsonl", b"", "holds no prompts"),
+        ("a.txt", b"ok\n\xff\xfe", "not UTF-8"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt"', "line 2 is not JSON"),
+        ("a.jsonl", b'{"prompt": "x"}\n\n{"question": "x"}', "line 3 has none of prompt"),
+        ("a.jsonl", b'["prompt"]', "line 1 has none of prompt"),
+        ("a.jsonl", b'{"prompt": ""}', "line 1: a prompt is non-empty"),
+        ("a.jsonl", b'{"prompt": 3}', "line 1: a prompt is non-empty"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: a prompt is non-empty"),
+        ("a.jsonl", b'{"messages": []}', "line 1: a prompt is non-empty"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        read_prompts(file)
+    assert str(file) in str(caught.value)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(ConfigurationError, match="No such file"):
+        read_prompts(tmp_path / "none.txt")
