@@ -318,10 +318,6 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigurationError("give input_ids or inputs_embeds, one of the two")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ConfigurationError(
-                f"attention_mask must be [batch, tokens], it is {list(attention_mask.shape)}"
-            )
         starts = _sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), hidden.shape[1])
         if getattr(past_key_values, "layout", None) is None and _packed(starts, attention_mask):
             if use_cache or past_key_values is not None:
@@ -331,6 +327,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
                 )
             use_cache = False
         cache = self._cache(past_key_values, use_cache)
+        _check_mask(attention_mask, hidden, cache)
         with self._pass(hidden, attention_mask, starts, cache) as step:
             hidden = self._run_layers(hidden, step)
         return BaseModelOutputWithPast(
@@ -411,6 +408,18 @@ def _sequence_starts(
         starts[0, bounds[bounds < width].long()] = True
         return starts
     return None if position_ids is None else position_ids == 0
+
+
+def _check_mask(mask: Tensor | None, x: Tensor, cache: RetentionRowCache | None) -> None:
+    """The mask has one column a token; with a cache it may have the past's too (checked there)."""
+    if mask is None:
+        return
+    fits = mask.ndim == 2 if cache is not None else mask.shape == x.shape[:2]
+    if not fits:
+        raise ConfigurationError(
+            f"attention_mask is {list(mask.shape)}, the input needs [batch, tokens] = "
+            f"{list(x.shape[:2])}"
+        )
 
 
 def _packed(starts: Tensor | None, mask: Tensor | None) -> bool:
