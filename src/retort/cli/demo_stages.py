@@ -1,0 +1,335 @@
+"""The stages of the demo. Each calls what users call (engine, trainer, evaluation, report), writes
+its result into the run's folder, and is not repeated when the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from retort.cli.generate import complete
+from retort.cli.output import say
+from retort.errors import ConfigurationError
+from retort.provenance import Provenance, write_json, write_whole
+
+LOOKUP = "prompt-lookup"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo does.
+
+    Attributes:
+        decode_tokens: tokens a row when ways of decoding are compared, 8 rows.
+        train_prompts, dev_prompts: prompts that the teacher answers for training, and for judging.
+        answer_tokens: most tokens of an answer.
+        steps: optimiser steps of the student.
+    """
+
+    decode_tokens: int
+    train_prompts: int
+    dev_prompts: int
+    answer_tokens: int
+    steps: int
+    layers: int
+
+
+FULL = Size(
+    decode_tokens=96, train_prompts=96, dev_prompts=16, answer_tokens=48, steps=60, layers=3
+)
+QUICK = Size(decode_tokens=24, train_prompts=8, dev_prompts=3, answer_tokens=16, steps=4, layers=2)
+
+
+class Demo:
+    """One run of the demo in ``folder``."""
+
+    def __init__(self, folder: Path, model: str, size: Size) -> None:
+        self.folder, self.model_name, self.size = folder, model, size
+        self.settings = {"model": model, **asdict(size)}
+
+    def run(self) -> Path:
+        """Do what is not done yet and return the report's path."""
+        self._begin()
+        stages: list[tuple[str, str, Callable[[], Any]]] = [
+            ("decoding", "Plain, padded and unpadded decoding of the same batch", self.decoding),
+            ("answers", "The teacher answers the prompts: the student's data", self.answers),
+            ("before", "The student before training", self.judged),
+            ("training", "Distillation with semantic revision (mgsr)", self.training),
+            ("after", "The student after training", self.judged),
+            ("drafting", "Decoding with the student as the drafter", self.drafting),
+        ]
+        for number, (name, title, stage) in enumerate(stages, 1):
+            say(f"[{number}/{len(stages)}] {title}")
+            self.stage(name, stage)
+        return self.report()
+
+    def stage(self, name: str, work: Callable[[], Any]) -> Any:
+        """The stage's stored result; it is worked out at most once."""
+        path = self.folder / f"{name}.stage.json"
+        if path.is_file():
+            say("      done earlier")
+        else:
+            write_json(path, work())
+        return json.loads(path.read_text("utf-8"))
+
+    def _begin(self) -> None:
+        marker = self.folder / "demo.json"
+        if marker.is_file() and json.loads(marker.read_text("utf-8")) != self.settings:
+            raise ConfigurationError(
+                f"{self.folder} holds a demo with other settings: name another --output-dir, or "
+                "pass --fresh to start again"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(marker, self.settings)
+
+    # Shared parts
+    @cached_property
+    def teacher(self) -> Any:
+        """The teacher, loaded once."""
+        from retort.models.zoo import load_model
+
+        say(f"      loading {self.model_name}")
+        return load_model(self.model_name, dtype="float32")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        from retort.models.zoo import load_tokenizer
+
+        return load_tokenizer(self.model_name)
+
+    @property
+    def student_folder(self) -> Path:
+        """Where the trainer works."""
+        return self.folder / "student"
+
+    def student(self) -> Any:
+        """The trained student, or, before training, the one that training starts from."""
+        from transformers import set_seed
+
+        from retort.distill.init import build_student
+        from retort.models.zoo import load_model
+
+        if (self.folder / "training.stage.json").is_file():
+            return load_model(str(self.student_folder), dtype="float32")
+        config = self.distill_config()
+        set_seed(config.seed)
+        return build_student(config, self.teacher)
+
+    def chats(self, split: str, count: int | None = None) -> list[list[dict]]:
+        """Prompts of our own writing, as chat messages."""
+        file = resources.files("retort.cli") / "data" / "demo_prompts.jsonl"
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        texts = [row["prompt"] for row in rows if row["split"] == split]
+        return [[{"role": "user", "content": text}] for text in texts[:count]]
+
+    # Stages
+    def decoding(self) -> list[dict]:
+        """The same batch decoded in several ways; all give the same tokens."""
+        from retort.decode.engine import Engine
+        from retort.decode.padded import PaddedEngine
+
+        arms: list[tuple] = [
+            ("plain", Engine, None, 0),
+            ("padded (prompt lookup, 7 drafts)", PaddedEngine, LOOKUP, 7),
+            ("unpadded (prompt lookup, 7 drafts)", Engine, LOOKUP, 7),
+            ("unpadded (prompt lookup, automatic budget)", Engine, LOOKUP, "auto"),
+        ]
+        return [self._arm(*arm) for arm in arms]
+
+    def answers(self) -> dict:
+        """The teacher's answers as training and development rows."""
+        from retort.decode.engine import Engine
+
+        counts = {"train": self.size.train_prompts, "dev": self.size.dev_prompts}
+        with Engine(self.teacher, self.tokenizer, drafter=LOOKUP) as engine:
+            for split, count in counts.items():
+                chats = self.chats(split, count)
+                outputs = complete(engine, chats, self._params(self.size.answer_tokens))
+                self._write_rows(split, chats, outputs)
+        return counts
+
+    def judged(self) -> dict:
+        """ROUGE-L against the teacher's answers, acceptance α and likelihood of the student."""
+        from retort.decode.engine import Engine
+        from retort.evaluate.acceptance import acceptance
+        from retort.evaluate.perplexity import completion_perplexity
+        from retort.evaluate.rouge import rouge_l_scores
+
+        student, rows = self.student(), self._rows("dev")
+        examples = [(row["prompt_ids"], row["completion_ids"]) for row in rows]
+        with Engine(student, self.tokenizer) as engine:
+            outputs = complete(
+                engine, [p for p, _ in examples], self._params(self.size.answer_tokens)
+            )
+        texts = [output.text for output in outputs]
+        return {
+            "texts": texts,
+            "rouge_l": rouge_l_scores(texts, [row["text"] for row in rows]),
+            "acceptance": acceptance(self.teacher, student, examples).rate,
+            "nll": completion_perplexity(student, examples).nll,
+        }
+
+    def training(self) -> dict:
+        """Run the trainer; it goes on from its newest checkpoint by itself."""
+        from retort.cli.progress import TrainingProgress
+        from retort.distill.run import run
+
+        self.__dict__.pop("teacher", None)  # the trainer loads its own
+        return {"folder": str(run(self.distill_config(), [TrainingProgress()]))}
+
+    def drafting(self) -> list[dict]:
+        """The teacher decodes with the student as its drafter."""
+        from retort.decode.engine import Engine
+
+        student = self.student()
+        return [
+            self._arm("unpadded (student, 2 drafts)", Engine, student, 2),
+            self._arm("unpadded (student, automatic budget)", Engine, student, "auto"),
+        ]
+
+    def report(self) -> Path:
+        """All records on one page."""
+        from retort.report import DecodingRow, build, load, save
+        from retort.report.records import Heading
+
+        arms = [*self._stored("decoding"), *self._stored("drafting")]
+        records = replace(
+            load(self.student_folder),
+            decoding=[DecodingRow(**{k: v for k, v in a.items() if k != "ids"}) for a in arms],
+            evaluation=self._evaluation(),
+            samples=self._samples(),
+            provenance=Provenance.collect(self.settings, {"seed": self.distill_config().seed}),
+            heading=Heading(
+                "Retort demo",
+                f"{self.model_name} decoded plainly, padded and unpadded; a DenseRetNet student "
+                "distilled from it with semantic revision; and the student as its drafter.",
+            ),
+        )
+        save(self.folder, records)
+        return build(self.folder)
+
+    # Details
+    def distill_config(self) -> Any:
+        """What ``retort distill`` would be given."""
+        from retort.distill.config import DistillConfig
+
+        return DistillConfig(
+            output_dir=str(self.student_folder),
+            method="mgsr",
+            teacher_model_name_or_path=self.model_name,
+            student_type="dense_retnet",
+            student_num_hidden_layers=self.size.layers,
+            freeze_embeddings=True,
+            dataset_name=str(self.folder / "train.jsonl"),
+            max_steps=self.size.steps,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            warmup_steps=0.1,
+            lr_scheduler_type="cosine",
+            max_completion_length=self.size.answer_tokens,
+            scrg_warmup_steps=0.2,
+            logging_steps=1,
+            save_steps=max(self.size.steps // 4, 2),
+            save_total_limit=2,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+
+    def _arm(self, name: str, engine_class: type, drafter: Any, budget: int | str) -> dict:
+        options = {"drafter": drafter, "draft_budget": budget, "max_batch_size": 8}
+        with engine_class(self.teacher, self.tokenizer, **options) as engine:
+            outputs = complete(engine, self.chats("decode"), self._params(self.size.decode_tokens))
+            stats = engine.stats
+        ids = [output.token_ids for output in outputs]
+        plain = ids if name == "plain" else self._plain_ids
+        if name == "plain":
+            self._plain_ids = ids
+        row = {
+            "arm": name,
+            "batch_size": len(outputs),
+            "tokens": stats.decode_tokens,
+            "seconds": stats.decode_seconds,
+            "tokens_per_second": stats.tokens_per_second,
+            "tokens_per_step": stats.tokens_per_step,
+            "padding_share": stats.padding_share,
+            "outputs_equal": ids == plain,
+            "draft_tokens": stats.draft_tokens,
+            "accepted_tokens": stats.accepted_tokens,
+            "mean_draft_length": stats.draft_tokens / max(stats.row_steps, 1),
+            "ids": ids,
+        }
+        say(_arm_line(row))
+        return row
+
+    @cached_property
+    def _plain_ids(self) -> list[list[int]]:
+        return self._stored("decoding")[0]["ids"]
+
+    def _params(self, tokens: int) -> Any:
+        from retort.decode.request import SamplingParams
+
+        return SamplingParams(max_new_tokens=tokens)
+
+    def _write_rows(self, split: str, chats: list, outputs: list) -> None:
+        rows = [
+            {
+                "prompt": chat,
+                "completion": [{"role": "assistant", "content": output.text}],
+                "text": output.text,
+                "prompt_ids": output.prompt_token_ids,
+                "completion_ids": output.token_ids,
+            }
+            for chat, output in zip(chats, outputs, strict=True)
+        ]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_whole(self.folder / f"{split}.jsonl", lambda file: file.writelines(lines))
+
+    def _rows(self, split: str) -> list[dict]:
+        text = (self.folder / f"{split}.jsonl").read_text("utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def _stored(self, name: str) -> Any:
+        return json.loads((self.folder / f"{name}.stage.json").read_text("utf-8"))
+
+    def _evaluation(self) -> list:
+        from retort.evaluate.significance import paired_bootstrap
+        from retort.report import EvaluationRow
+
+        before, after = self._stored("before"), self._stored("after")
+        change = paired_bootstrap(before["rouge_l"], after["rouge_l"])
+        first, last = (sum(x["rouge_l"]) / len(x["rouge_l"]) for x in (before, after))
+        return [
+            EvaluationRow("rouge_l", first, last, low=change.low, high=change.high),
+            EvaluationRow("acceptance", before["acceptance"], after["acceptance"]),
+            EvaluationRow(
+                "negative log-likelihood",
+                before["nll"],
+                after["nll"],
+                higher_is_better=False,
+                note="a token of the teacher's answers, in nats",
+            ),
+        ]
+
+    def _samples(self) -> list:
+        from retort.report import Sample
+
+        before, after = self._stored("before")["texts"], self._stored("after")["texts"]
+        return [
+            Sample(row["prompt"][0]["content"], row["text"], old, new)
+            for row, old, new in zip(self._rows("dev"), before, after, strict=True)
+        ][:6]
+
+
+def _arm_line(row: dict) -> str:
+    equal = "yes" if row["outputs_equal"] else "NO"
+    return (
+        f"      {row['arm']:44} {row['tokens_per_second']:7.1f} tokens/s  "
+        f"{row['tokens_per_step']:.2f} tokens a step  {row['padding_share']:4.0%} padding  "
+        f"equal: {equal}"
+    )
