@@ -1,0 +1,77 @@
+"""Write docs/reference.md: the command line and the configuration, from the code itself.
+
+make docs        (or: .venv/bin/python docs/reference.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+TARGET = Path(__file__).with_name("reference.md")
+SKIPPED = ("help", "install_completion", "show_completion")
+
+
+def reference() -> str:
+    """The whole page in Markdown."""
+    lines = ["# Reference", "", "Written by `make docs`; do not edit.", "", "## Command line", ""]
+    lines += [*command_line(), "## `DistillConfig`", "", *distill_config()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def command_line() -> Iterator[str]:
+    """A heading, the help and the flags of each verb."""
+    from retort.cli.app import command
+
+    for name, verb in command().commands.items():
+        yield from (f"### `retort {name}`", "", *verb.help.strip().splitlines(), "")
+        rows = [row for row in map(parameter, verb.params) if row]
+        if rows:
+            yield from ("| flag | default | meaning |", "|---|---|---|", *rows, "")
+
+
+def parameter(parameter: Any) -> str:
+    """One row of a verb's table; empty for parameters that have no flag of their own."""
+    if parameter.name in SKIPPED:
+        return ""
+    names = ", ".join(f"`{option}`" for option in parameter.opts)
+    if not names.startswith("`-"):
+        names = f"`{parameter.name.upper()}`"
+    return row(names, parameter.default, getattr(parameter, "help", "") or "")
+
+
+def distill_config() -> Iterator[str]:
+    """Our own fields; transformers' are in its documentation."""
+    from transformers import TrainingArguments
+
+    from retort.distill.config import DistillConfig
+
+    yield from (
+        "Keywords in Python, flags of `retort distill` and keys of its YAML file, on top of "
+        "transformers' `TrainingArguments`. A default of `None` means: the method's own.",
+        "",
+        "| field | default | meaning |",
+        "|---|---|---|",
+    )
+    theirs = {f.name: default_of(f) for f in fields(TrainingArguments)}
+    for f in fields(DistillConfig):
+        if f.name not in theirs or default_of(f) != theirs[f.name]:
+            yield row(f"`{f.name}`", default_of(f), f.metadata.get("help", ""))
+
+
+def default_of(f: Field) -> Any:
+    """The default of a dataclass field, ``None`` where a factory makes it."""
+    return None if f.default is MISSING else f.default
+
+
+def row(name: str, default: Any, meaning: str) -> str:
+    """A row of a Markdown table."""
+    shown = "" if default in (None, False, "") or callable(default) else f"`{default}`"
+    return f"| {name} | {shown} | {' '.join(meaning.split()).replace('|', chr(92) + '|')} |"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference(), encoding="utf-8")
+    print(f"wrote {TARGET}")
