@@ -72,6 +72,7 @@ def test_bad_weights_are_refused():
     for bad in (
         lambda: pack(torch.randn(4)),
         lambda: pack(good.long()),
+        lambda: pack(good.double()),
         lambda: pack(good.to("meta")),
         lambda: pack(good, torch.randn(3)),
         lambda: pack(good, up=torch.randn(4, 4)),
@@ -89,6 +90,7 @@ def test_bad_inputs_are_refused():
         lambda: packed_linear(torch.randn(2, 4), weight),
         lambda: packed_linear(torch.tensor(1.0), weight),
         lambda: packed_linear(x.long(), weight),
+        lambda: packed_linear(x.double(), weight),
         lambda: packed_linear(x.to("meta"), weight),
         lambda: packed_linear(x, weight, torch.randn(2, 3)),
         lambda: packed_linear(x, weight, torch.randn(2, 4).double()),
@@ -97,6 +99,14 @@ def test_bad_inputs_are_refused():
     ):
         with pytest.raises(ConfigurationError):
             bad()
+
+
+def test_a_residual_is_added_whether_its_rows_are_dense_or_not():
+    weight, x = pack(torch.randn(20, 30), torch.randn(20)), torch.randn(2, 7, 30)
+    residual = torch.randn(7, 2, 20)
+    want = packed_linear(x, weight) + residual.transpose(0, 1)
+    for given in (residual.transpose(0, 1), residual.transpose(0, 1).contiguous()):
+        assert torch.equal(packed_linear(x, weight, given), want)
 
 
 def test_the_result_is_the_linear_layer():

@@ -23,6 +23,7 @@ from retort.ops.native import abi
 
 PANEL = 32
 PRECISIONS = ("auto", "float32", "bfloat16")
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +42,12 @@ class PackedWeight:
     bias: Tensor | None = None
     gated: bool = False
 
-    @property
+    @cached_property
     def k(self) -> int:
         """Inputs of the layer."""
         return self.data.shape[1]
 
-    @property
+    @cached_property
     def outputs(self) -> int:
         """Outputs of the layer."""
         return self.n // 2 if self.gated else self.n
@@ -57,6 +58,11 @@ class PackedWeight:
         bias = None if self.bias is None else self.bias.data_ptr()
         bf16 = self.data.dtype == torch.bfloat16
         return abi.Linear(self.data.data_ptr(), bias, self.k, self.n, bf16, self.gated)
+
+    @cached_property
+    def address(self) -> int:
+        """Where `layer` lies."""
+        return ctypes.addressof(self.layer)
 
 
 def pack(
@@ -69,7 +75,7 @@ def pack(
     """Pack ``weight`` ``[n, k]`` (and, for a gated layer, ``up`` of the same shape).
 
     Args:
-        weight: floating point; with ``up`` it is the gate.
+        weight: float32 or a half type; with ``up`` it is the gate.
         bias: ``[n]`` or None; a gated layer has none.
         up: makes the layer ``silu(x @ weight.T) * (x @ up.T)``.
         precision: ``"float32"``, ``"bfloat16"`` (rounds), or ``"auto"``: bf16 where it is exact.
@@ -115,7 +121,29 @@ def packed_linear(x: Tensor, weight: PackedWeight, residual: Tensor | None = Non
     """
     if torch.compiler.is_compiling():
         return _packed_linear_op(x, weight.data, weight.bias, weight.n, weight.gated, residual)
-    return packed_linears(x, (weight,), residual)[0]
+    if residual is not None:
+        _check_residual(x, weight, residual)
+    dense = _dense(x, weight.k) and (residual is None or residual.is_contiguous())
+    if not dense or not native.available():
+        return packed_linears(x, (weight,), residual)[0]
+    out = torch.empty((*x.shape[:-1], weight.outputs))
+    add = None if residual is None else residual.data_ptr()
+    native.library().retort_linear_dense(
+        weight.address, x.data_ptr(), x.numel() // weight.k, out.data_ptr(), add,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _dense(x: Tensor, k: int) -> bool:
+    """Whether ``x`` is what the shortest way to the core takes: float32 rows without gaps."""
+    return bool(
+        x.dtype is torch.float32
+        and x.is_contiguous()
+        and x.is_cpu
+        and x.shape[-1:] == (k,)
+        and x.numel()
+    )
 
 
 def packed_linears(
@@ -231,9 +259,9 @@ def _interleave(gate: Tensor, up: Tensor) -> Tensor:
 def _check_weights(weight: Tensor, bias: Tensor | None, up: Tensor | None, precision: str) -> None:
     if precision not in PRECISIONS:
         raise ConfigurationError(f"precision must be one of {PRECISIONS}, not {precision!r}")
-    if weight.dim() != 2 or not weight.is_floating_point() or weight.device.type != "cpu":
+    if weight.dim() != 2 or weight.dtype not in _TYPES or weight.device.type != "cpu":
         raise ConfigurationError(
-            f"a packed weight is a floating point matrix on the CPU, not {weight.dtype} "
+            f"a packed weight is a float32 or half matrix on the CPU, not {weight.dtype} "
             f"{tuple(weight.shape)} on {weight.device}"
         )
     if up is not None and (up.shape != weight.shape or bias is not None):
@@ -243,9 +271,9 @@ def _check_weights(weight: Tensor, bias: Tensor | None, up: Tensor | None, preci
 
 
 def _check_input(x: Tensor, weights: Sequence[PackedWeight]) -> None:
-    if not x.is_cpu or not x.is_floating_point():
+    if not x.is_cpu or x.dtype not in _TYPES:
         raise ConfigurationError(
-            f"a packed linear takes floating point tensors on the CPU, not {x.dtype} on {x.device}"
+            f"a packed linear takes float32 or half types on the CPU, not {x.dtype} on {x.device}"
         )
     for weight in weights:
         if x.shape[-1:] != (weight.k,):

@@ -175,6 +175,8 @@ def _objection(module: nn.Module) -> str | None:
         return f"{type(module).__name__} is not packed" if isinstance(module, nn.Linear) else ""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return "it has forward hooks"
+    if module.weight.dtype == torch.float64:
+        return "float64 is not packed"
     if not isinstance(module.weight, nn.Parameter) or hasattr(module, "parametrizations"):
         return "its weight is computed"
     return None

@@ -96,6 +96,8 @@ def declare(lib: ctypes.CDLL) -> None:
     """Tell ctypes what the entry points take and return."""
     lib.retort_sources.restype = ctypes.c_char_p
     lib.retort_select.argtypes = [ctypes.c_char_p]
+    lib.retort_linear_dense.restype = None
+    lib.retort_linear_dense.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32]
     for name, call in CALLS.items():
         entry = getattr(lib, name)
         entry.argtypes, entry.restype = [POINTER(call)], None

@@ -16,7 +16,7 @@ constexpr int64_t BLOCK_BYTES = 400000;  // input rows that share the second-lev
 
 struct F32 {
   typedef float type;
-  static constexpr int AHEAD = 24;  // how many steps of k the prefetch runs ahead
+  static constexpr int AHEAD = 48;  // steps of k that the prefetch runs ahead, as measured
   INLINE void read(const float* p, int g, vf& a, vf& b) {
     a = load(p + g * W);
     b = load(p + 16 + g * W);
@@ -24,7 +24,7 @@ struct F32 {
 };
 struct BF16 {
   typedef uint16_t type;
-  static constexpr int AHEAD = 48;
+  static constexpr int AHEAD = 128;
   INLINE void read(const uint16_t* p, int g, vf& a, vf& b) {
     vi bits = load_bits(p + 2 * g * W);
     a = (vf)(bits << 16);
