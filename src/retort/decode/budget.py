@@ -22,10 +22,13 @@ class DraftBudget(Protocol):
 
     max_draft: int
 
-    def allocate(self, rows: Sequence[str], wanted: Sequence[int], drafting: bool) -> list[int]:
+    def allocate(
+        self, rows: Sequence[str], wanted: Sequence[int], drafting: bool, others: int = 0
+    ) -> list[int]:
         """Draft lengths of ``rows``, each at most ``wanted``.
 
-        ``drafting`` tells that drafts are yet to be made by a model, so that their time counts.
+        ``drafting`` tells that drafts are yet to be made by a model, so that their time counts;
+        ``others`` counts the tokens of other rows in the same pass.
         """
         ...
 
@@ -52,7 +55,9 @@ class FixedBudget:
 
     max_draft: int
 
-    def allocate(self, rows: Sequence[str], wanted: Sequence[int], drafting: bool) -> list[int]:
+    def allocate(
+        self, rows: Sequence[str], wanted: Sequence[int], drafting: bool, others: int = 0
+    ) -> list[int]:
         """The fixed length, or less where less is wanted."""
         return [min(self.max_draft, w) for w in wanted]
 
@@ -92,7 +97,9 @@ class AutoBudget:
     def __post_init__(self) -> None:
         self._first_prior = self.prior
 
-    def allocate(self, rows: Sequence[str], wanted: Sequence[int], drafting: bool) -> list[int]:
+    def allocate(
+        self, rows: Sequence[str], wanted: Sequence[int], drafting: bool, others: int = 0
+    ) -> list[int]:
         """Best prefix of all draft positions, sorted by the probability that they survive."""
         rates = [self._estimate(row) for row in rows]
         gains = sorted(
@@ -101,7 +108,7 @@ class AutoBudget:
             for depth in range(1, min(want, self.max_draft) + 1)
         )
         lengths = [0] * len(rows)
-        for _, _, i in gains[: self._best_prefix(len(rows), gains, drafting)]:
+        for _, _, i in gains[: self._best_prefix(len(rows), others, gains, drafting)]:
             lengths[i] += 1
         if gains and not any(lengths):
             self._regain_hope(rows)
@@ -135,10 +142,11 @@ class AutoBudget:
         for row in rows:
             self.acceptance[row] = (1 - self.hope) * self._estimate(row) + self.hope * self.prior
 
-    def _best_prefix(self, plain: int, gains: Sequence[tuple], drafting: bool) -> int:
+    def _best_prefix(self, rows: int, others: int, gains: Sequence[tuple], drafting: bool) -> int:
         draft_seconds = self.draft_seconds if drafting else 0.0
-        base = plain / self.cost.seconds(plain)
-        best, best_rate, expected, depth = 0, base * self.margin, float(plain), 0
+        plain = rows + others
+        best, best_rate = 0, plain / self.cost.seconds(plain) * self.margin
+        expected, depth = float(plain), 0
         for m, (negative, level, _) in enumerate(gains, 1):
             expected -= negative
             depth = max(depth, level)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from retort.decode.admission import Admission, Prompt, is_single
 from retort.decode.budget import build_budget
-from retort.decode.drafter import DraftContext, Drafter, ModelDrafter, build_drafter
+from retort.decode.drafting import DEFAULT, Drafting
 from retort.decode.packed import PackedModel
-from retort.decode.profile import profile_passes
 from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
 from retort.decode.scheduler import Plan, Scheduler
 from retort.decode.stats import EngineStats
@@ -35,7 +34,8 @@ class Engine:
     Args:
         model: a transformers causal language model (or DenseRetNet); it is unchanged afterwards.
         tokenizer: its tokenizer; not needed for prompts given as ids.
-        drafter: None, "prompt-lookup", a model name, folder or module, or a `Drafter`.
+        drafter: None, "prompt-lookup", a model name, folder or module, or a `Drafter`; a mapping
+            of names to these offers several, the first by default.
         max_batch_size: rows that decode at once; more prompts wait.
         draft_budget: "auto" lets each row's draft length follow what pays, 0 included; a number
             fixes it.
@@ -70,7 +70,11 @@ class Engine:
         self.target = self._build_target(
             tape=tape, cpu_backend=cpu_backend, release_weights=release_weights
         )
-        self.drafter = self._build_drafter(drafter)
+        try:
+            self.drafting = Drafting(drafter, self.target, self.budget)
+        except BaseException:
+            self.target.close()
+            raise
         self.scheduler = Scheduler(max_batch_size, max_prefill_tokens)
         self.stats = EngineStats()
         self._requests: dict[str, Request] = {}
@@ -135,11 +139,13 @@ class Engine:
         *,
         hold: bool = False,
         request_id: str | None = None,
+        drafter: str | None = DEFAULT,
     ) -> str:
         """Queue a prompt and return its id.
 
         Args:
             hold: keep the row after it finishes, for `rewind`; let it go with `release`.
+            drafter: name of one of the engine's drafters; None decodes this request plainly.
 
         Raises:
             ConfigurationError: the prompt is empty, too long or holds unknown ids; a known id.
@@ -150,6 +156,7 @@ class Engine:
         request = self._admission.request(
             request_id, self._count, prompt, params or SamplingParams(), hold
         )
+        request.drafter = self.drafting.resolve(drafter)
         self._requests[request_id] = request
         self._count += 1
         self.scheduler.add(request)
@@ -163,7 +170,7 @@ class Engine:
         """Advance every row in work by one pass and return the requests that finished."""
         plan = self._schedule()
         with self._clock(plan):
-            drafts = self._draft(plan)
+            drafts = self.drafting.propose(plan.decodes)
             logits = self._forward(plan, drafts)
             self._accept(plan, drafts, logits)
         return self._retire()
@@ -221,8 +228,7 @@ class Engine:
         for request in list(self._requests.values()):
             self._free(request)
         self.target.close()
-        if isinstance(self.drafter, ModelDrafter):
-            self.drafter.close()
+        self.drafting.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -238,24 +244,6 @@ class Engine:
             if request.room <= 0:
                 request.finish_reason = "length"
         return self.scheduler.plan()
-
-    def _draft(self, plan: Plan) -> Drafts:
-        rows = plan.decodes
-        if self.drafter is None or not rows:
-            return [[] for _ in rows]
-        self._profile_once()
-        wanted = [min(self.budget.max_draft, r.room - 1) for r in rows]
-        if self.drafter.passes:
-            wanted = self.budget.allocate([r.id for r in rows], wanted, drafting=True)
-        started = time.perf_counter()
-        contexts = [DraftContext(r.id, r.tokens, w) for r, w in zip(rows, wanted, strict=True)]
-        drafts = self.drafter.propose(contexts)
-        if self.drafter.passes:
-            if any(wanted):
-                self.budget.time_draft(max(wanted), time.perf_counter() - started)
-            return drafts
-        lengths = self.budget.allocate([r.id for r in rows], [len(d) for d in drafts], False)
-        return [draft[:n] for draft, n in zip(drafts, lengths, strict=True)]
 
     def _forward(self, plan: Plan, drafts: Drafts) -> Tensor | None:
         feeds = [(p.request.row, p.tokens) for p in plan.prefills]
@@ -285,7 +273,7 @@ class Engine:
         taken = extend(request, tokens)
         request.stats.steps += 1
         if draft:
-            self._record_draft(request, len(draft), len(tokens) - 1)
+            self._record_draft(request, len(draft), max(len(tokens) - 1, 0))
         self._rewind_row(request, len(request.tokens) - 1)
         self.stats.generated_tokens += len(taken)
 
@@ -296,13 +284,6 @@ class Engine:
     # Details
     def _build_target(self, **options: Any) -> PackedModel:
         return PackedModel(self.model, max_draft=max(self.budget.max_draft, 1), **options)
-
-    def _build_drafter(self, drafter: Any) -> Drafter | None:
-        try:
-            return build_drafter(drafter, self.model)
-        except BaseException:
-            self.target.close()
-            raise
 
     def _add_all(self, prompts: Any, sampling: dict) -> list[str]:
         params = sampling.pop("params", None) or SamplingParams.build(**sampling)
@@ -347,9 +328,7 @@ class Engine:
         self._requests.pop(request.id)
         if request.row >= 0:
             self.target.free_row(request.row)
-        if self.drafter is not None:
-            self.drafter.release(request.id)
-        self.budget.release(request.id)
+        self.drafting.release(request.id)
 
     def _output(self, request: Request) -> RequestOutput:
         return RequestOutput(
@@ -385,13 +364,7 @@ class Engine:
         request.stats.draft_tokens += length
         request.stats.accepted_tokens += accepted
         self.stats.record_draft(length, accepted)
-        self.budget.observe(request.id, length, accepted)
-
-    def _profile_once(self) -> None:
-        cost = getattr(self.budget, "cost", None)
-        if cost is not None and not cost.seconds_at:
-            for tokens, seconds in profile_passes(self.target):
-                cost.record(tokens, seconds)
+        self.drafting.observe(request, length, accepted)
 
 
 def _chunk(request: Request, index: int, sent: dict[str, int]) -> Chunk | None:

@@ -152,6 +152,7 @@ class Request:
     params: SamplingParams
     eos: frozenset[int]
     hold: bool = False
+    drafter: str | None = None
     row: int = -1
     fed: int = 0
     limit: int = 0

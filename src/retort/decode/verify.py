@@ -17,20 +17,31 @@ from retort.decode.sampling import choose, is_plain
 
 
 def verify(requests: Sequence[Request], drafts: Sequence[list[int]], logits: Tensor) -> list:
-    """Tokens that each row gains, at least one a row.
+    """Tokens that each row gains.
 
     Args:
         requests: the rows that decode in this pass.
         drafts: the draft tokens of each row that the pass verified.
         logits: ``[Σ (1 + len(draft)), vocab]`` in row order.
+
+    A row whose processing fails gains nothing and gets the finish reason "error".
     """
     best = torch.argmax(logits, -1).tolist()
     emitted, at = [], 0
     for request, draft in zip(requests, drafts, strict=True):
         end = at + len(draft) + 1
-        emitted.append(_verify_row(request, draft, logits[at:end], best[at:end]))
+        emitted.append(_guarded(request, draft, logits[at:end], best[at:end]))
         at = end
     return emitted
+
+
+def _guarded(request: Request, draft: list[int], logits: Tensor, best: list[int]) -> list[int]:
+    """A fault in one row's processing ends that row alone."""
+    try:
+        return _verify_row(request, draft, logits, best)
+    except Exception as error:
+        request.finish_reason, request.error = "error", f"{type(error).__name__}: {error}"
+        return []
 
 
 def _verify_row(request: Request, draft: list[int], logits: Tensor, best: list[int]) -> list[int]:
