@@ -33,6 +33,7 @@ def published(tmp_path):
         "model_type": "DenseGauRetNet",
         "architectures": ["DenseGauRetNetForCausalLM"],
         "retnorm": False,
+        "use_cache": False,
         "deepnorm": False,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -56,6 +57,7 @@ def test_loads_through_the_auto_classes_and_saves_as_dense_retnet(published, tmp
     assert AutoConfig.from_pretrained(folder).model_type == "DenseGauRetNet"
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     tokens = ids(2, 20)
+    assert loaded.generation_config.use_cache and loaded.config.use_cache
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, atol=0, rtol=0)
     saved = tmp_path / "saved"
     loaded.save_pretrained(saved)

@@ -46,6 +46,9 @@ class DenseGauRetNetForCausalLM(DenseRetNetForCausalLM):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but a missing or an unknown weight is an error.
 
+        The cache is on whatever the file says: the authors switched it off for training, where
+        ours is off by itself, and without it each new token would compute its whole prefix.
+
         Raises:
             ConfigurationError: the checkpoint lacks weights or holds unknown ones.
         """
@@ -57,6 +60,7 @@ class DenseGauRetNetForCausalLM(DenseRetNetForCausalLM):
         model, info = loaded
         _complain(str(pretrained_model_name_or_path), info)
         model._weight_conversions = None  # saving keeps our names
+        model.config.use_cache = model.generation_config.use_cache = True
         return (model, info) if wants_info else model
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +30,15 @@ from retort.errors import ConfigurationError
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
 from retort.ops.clock import Clock
 from retort.ops.retention import (
-    chunkwise_retention,
+    Form,
     log_decay,
     normaliser,
-    parallel_retention,
-    recurrent_retention,
+    retention,
     rotary_phase,
     rotate,
 )
 
 logger = logging.get_logger(__name__)
-
-Form = Literal["chunkwise", "parallel", "recurrent", "clamped"]
 
 
 @strict
@@ -81,7 +78,7 @@ class DenseRetNetConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     dropout: float = 0.0
     initializer_range: float = 0.02
-    retention_form: str = "chunkwise"
+    retention_form: Form = "chunkwise"
     chunk_size: int = 64
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -320,11 +317,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         starts = _sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), hidden.shape[1])
         if getattr(past_key_values, "layout", None) is None and _packed(starts, attention_mask):
-            if use_cache or past_key_values is not None:
-                raise ConfigurationError(
-                    "packed sequences restart at position 0 inside a row, a cached row cannot: "
-                    "pass use_cache=False, or feed them as rows between cache.begin and cache.end"
-                )
+            _refuse_cache(use_cache or past_key_values is not None)
             use_cache = False
         cache = self._cache(past_key_values, use_cache)
         _check_mask(attention_mask, hidden, cache)
@@ -370,7 +363,12 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         if cache is None:
             real = None if mask is None else mask.to(x.device, torch.bool)
             clock = Clock.of(real, starts, shape, x.device)
-            yield self._step(clock.positions, decay, self._uncached(decay, clock))
+            form, size = self.config.retention_form, self.config.chunk_size
+            yield self._step(
+                clock.positions,
+                decay,
+                lambda _, q, k, v: retention(q, k, v, decay, clock, form, size),
+            )
             return
         with cache.feed(x.shape[:2], mask) as feed:
             yield self._step(feed.positions, decay, _cached(cache, feed))
@@ -378,18 +376,6 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
     def _step(self, positions: Tensor, decay: Tensor, mix: Callable) -> RetentionPass:
         phase = rotary_phase(positions, self.retention_shape.key_dim, decay.dtype)
         return RetentionPass(phase, normaliser(positions + 1, decay).unsqueeze(-1), mix)
-
-    def _uncached(self, decay: Tensor, clock: Clock) -> Callable:
-        form, size = self.config.retention_form, self.config.chunk_size
-
-        def mix(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if form == "chunkwise":
-                return chunkwise_retention(q, k, v, decay, clock, size)
-            if form == "recurrent":
-                return recurrent_retention(q, k, v, decay, clock)
-            return parallel_retention(q, k, v, decay, clock, clamp=form == "clamped")
-
-        return mix
 
 
 def _cached(cache: RetentionRowCache, feed: Feed) -> Callable:
@@ -419,6 +405,14 @@ def _check_mask(mask: Tensor | None, x: Tensor, cache: RetentionRowCache | None)
         raise ConfigurationError(
             f"attention_mask is {list(mask.shape)}, the input needs [batch, tokens] = "
             f"{list(x.shape[:2])}"
+        )
+
+
+def _refuse_cache(wanted: bool) -> None:
+    if wanted:
+        raise ConfigurationError(
+            "packed sequences restart at position 0 inside a row, a cached row cannot: "
+            "pass use_cache=False, or feed them as rows between cache.begin and cache.end"
         )
 
 

@@ -8,6 +8,7 @@ o_n = Y_n / √S_n (`normaliser`). The recurrent answer is the canonical one. Sh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from retort.ops.clock import Clock
 
+Form = Literal["chunkwise", "parallel", "recurrent", "clamped"]
 CLAMP = (1.0, 5e4)
 """Bounds of the authors' row sum in their parallel mode."""
 
@@ -155,6 +157,17 @@ def recurrent_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, clock: C
         state = torch.where(clock.real[:, t, None, None, None], grown, state)
         outputs.append((q[:, t, :, None] @ state).squeeze(-2))
     return torch.stack(outputs, 1)
+
+
+def retention(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, clock: Clock, form: Form, chunk_size: int
+) -> Tensor:
+    """Y by the named form; "clamped" is the parallel one with the authors' clamp."""
+    if form == "chunkwise":
+        return chunkwise_retention(q, k, v, decay, clock, chunk_size)
+    if form == "recurrent":
+        return recurrent_retention(q, k, v, decay, clock)
+    return parallel_retention(q, k, v, decay, clock, clamp=form == "clamped")
 
 
 @dataclass(frozen=True)
