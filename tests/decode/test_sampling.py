@@ -89,10 +89,7 @@ def test_one_seed_gives_one_text_with_any_drafts_and_in_any_company(options):
     for drafter, budget in (
         ("prompt-lookup", 4),
         (model, 3),
-        (
-            ScriptedDrafter("random", [p + t + [0] * 9 for p, t in zip(texts, plain, strict=True)]),
-            8,
-        ),
+        (ScriptedDrafter("random", answers), 8),
     ):
         with Engine(model, drafter=drafter, draft_budget=budget, max_batch_size=2) as engine:
             assert [o.token_ids for o in engine.generate(texts, **many)] == plain
