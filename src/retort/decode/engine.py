@@ -17,9 +17,11 @@ from torch import Tensor
 from retort.decode.admission import Admission, Prompt, is_single
 from retort.decode.budget import build_budget
 from retort.decode.drafting import DEFAULT, Drafting
+from retort.decode.faults import salvage
 from retort.decode.packed import PackedModel
 from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
 from retort.decode.scheduler import Plan, Scheduler
+from retort.decode.scoring import score_prompts, wanted
 from retort.decode.stats import EngineStats
 from retort.decode.stopping import extend
 from retort.decode.verify import verify
@@ -213,6 +215,10 @@ class Engine:
         """Let a held row go."""
         self._free(self._known(request_id))
 
+    def request(self, request_id: str) -> Request:
+        """The live state of a request; what it says stays readable after the request finished."""
+        return self._known(request_id)
+
     def row(self, request_id: str) -> int:
         """The row of `target` that holds a request, e.g. to score its text where it lies."""
         return self._known(request_id).row
@@ -241,7 +247,7 @@ class Engine:
         for request in self.scheduler.admit():
             if request.row < 0:
                 request.row = self.target.add_row()
-            if request.room <= 0:
+            if request.room <= 0 and request.params.prompt_logprobs is None:
                 request.finish_reason = "length"
         return self.scheduler.plan()
 
@@ -250,12 +256,16 @@ class Engine:
         feeds += [(r.row, [*r.pending, *d]) for r, d in zip(plan.decodes, drafts, strict=True)]
         if not feeds:
             return None
-        keep = [int(p.last) for p in plan.prefills] + [1 + len(d) for d in drafts]
+        keep = [wanted(p) for p in plan.prefills] + [1 + len(d) for d in drafts]
         started = time.perf_counter()
-        logits = self.target.forward(feeds, keep)
-        if not plan.prefills:
-            self.budget.time_step(sum(len(t) for _, t in feeds), time.perf_counter() - started)
-        return logits
+        try:
+            logits = self.target.forward(feeds, keep)
+        except Exception as error:
+            logits = salvage(self.target, plan, drafts, keep, error)
+        else:
+            if not plan.prefills:
+                self.budget.time_step(sum(len(t) for _, t in feeds), time.perf_counter() - started)
+        return score_prompts(plan, keep, logits)
 
     def _accept(self, plan: Plan, drafts: Drafts, logits: Tensor | None) -> None:
         for prefill in plan.prefills:
@@ -271,6 +281,7 @@ class Engine:
 
     def _emit(self, request: Request, draft: list[int], tokens: list[int]) -> None:
         taken = extend(request, tokens)
+        del request.logprobs[len(request.output) :]
         request.stats.steps += 1
         if draft:
             self._record_draft(request, len(draft), max(len(tokens) - 1, 0))
@@ -341,6 +352,9 @@ class Engine:
             stats=replace(request.stats),
             logprobs=None if request.params.logprobs is None else list(request.logprobs),
             error=request.error,
+            prompt_logprobs=(
+                None if request.params.prompt_logprobs is None else list(request.prompt_logprobs)
+            ),
         )
 
     @contextmanager

@@ -28,6 +28,7 @@ class SamplingParams:
         stop_strings: text that ends the row; the output's text ends before it.
         seed: with the same seed a sampled row is the same text in any company, with any drafter.
         logprobs: give the log-probability of every token, and of this many alternatives.
+        prompt_logprobs: the same for the prompt's tokens.
 
     Raises:
         ConfigurationError: a value is out of range; the message names the field.
@@ -49,6 +50,7 @@ class SamplingParams:
     stop_strings: str | list[str] | None = None
     seed: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, ok, rule in self._rules():
@@ -93,7 +95,12 @@ class SamplingParams:
             ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
             ("stop_strings", all(isinstance(s, str) and s for s in self.stops), "non-empty text"),
-            ("logprobs", self.logprobs is None or _whole(self.logprobs, 0), "None or 0 to 20"),
+            ("logprobs", _count_or_none(self.logprobs), "None or a whole number of at least 0"),
+            (
+                "prompt_logprobs",
+                _count_or_none(self.prompt_logprobs),
+                "None or a whole number of at least 0",
+            ),
         ]
 
 
@@ -117,6 +124,7 @@ class RequestOutput:
         text: decoded without special tokens, cut before a stop string.
         finish_reason: "stop", "length", "abort" or "error".
         logprobs: for each token ``{token id: log-probability}``, where asked for.
+        prompt_logprobs: the same for the prompt, from its second token on.
         error: what went wrong where ``finish_reason`` is "error".
     """
 
@@ -129,6 +137,7 @@ class RequestOutput:
     stats: RequestStats
     logprobs: list[dict[int, float]] | None = None
     error: str | None = None
+    prompt_logprobs: list[dict[int, float]] | None = None
 
 
 @dataclass
@@ -161,6 +170,7 @@ class Request:
     error: str | None = None
     text: Any = None
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     stats: RequestStats = field(default_factory=RequestStats)
 
     def __post_init__(self) -> None:
@@ -190,6 +200,10 @@ class Request:
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _count_or_none(value: Any) -> bool:
+    return value is None or _whole(value, 0)
 
 
 def _within(value: float, above: float, most: float) -> bool:

@@ -14,6 +14,9 @@ class TextBuffer:
 
     Text is stable once it does not end in half a character; with stop strings, the longest tail
     that could be the beginning of one is held back until it is decided.
+
+    Attributes:
+        ends: for each token, how long the text was once it was added: which token wrote what.
     """
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...]) -> None:
@@ -24,17 +27,13 @@ class TextBuffer:
         self._text = ""
         self._shown = 0
         self._stopped = False
+        self.ends: list[int] = []
 
     def push(self, token: int) -> bool:
         """Add a token; True when the text now holds a stop string (it is cut before it)."""
-        self._ids.append(token)
-        before, now = self._decode(self._anchor, self._read), self._decode(self._anchor)
-        if now.endswith(_REPLACEMENT):
-            return False
-        searched = len(self._text)
-        self._text += now[len(before) :]
-        self._anchor, self._read = self._read, len(self._ids)
-        return self._cut_at_stop(searched)
+        stopped = self._push(token)
+        self.ends.append(len(self._text))
+        return stopped
 
     def take(self, last: bool = False) -> str:
         """The text that became certain since the last call; everything when ``last``."""
@@ -50,6 +49,16 @@ class TextBuffer:
         return (
             self._text if self._stopped else self._tokenizer.decode(ids, skip_special_tokens=True)
         )
+
+    def _push(self, token: int) -> bool:
+        self._ids.append(token)
+        before, now = self._decode(self._anchor, self._read), self._decode(self._anchor)
+        if now.endswith(_REPLACEMENT):
+            return False
+        searched = len(self._text)
+        self._text += now[len(before) :]
+        self._anchor, self._read = self._read, len(self._ids)
+        return self._cut_at_stop(searched)
 
     def _decode(self, start: int, end: int | None = None) -> str:
         return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retort.decode.request import Request
 from retort.decode.sampling import choose, is_plain
+from retort.decode.scoring import entries
 
 
 def verify(requests: Sequence[Request], drafts: Sequence[list[int]], logits: Tensor) -> list:
@@ -61,11 +62,5 @@ def _verify_row(request: Request, draft: list[int], logits: Tensor, best: list[i
 
 
 def _record_logprobs(request: Request, logits: Tensor, tokens: list[int]) -> None:
-    """Log-probabilities of the raw logits, for the tokens taken and the best alternatives."""
-    if request.params.logprobs is None:
-        return
-    for row, token in zip(logits[: len(tokens)].double().log_softmax(-1), tokens, strict=True):
-        top = row.topk(min(request.params.logprobs, len(row)))
-        entry = {token: float(row[token])}
-        entry |= dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        request.logprobs.append(entry)
+    if request.params.logprobs is not None:
+        request.logprobs += entries(logits, tokens, request.params.logprobs)
