@@ -1,5 +1,7 @@
 """SCRG on hand-made bigram models, and against a naive version on random ones."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def bigram(table, strength=10.0):
 
 
 def chain(*tokens):
-    return dict(zip(tokens, tokens[1:], strict=False))
+    return dict(pairwise(tokens))
 
 
 STUDENT = chain(3, 4, 5, 6, 7, 8, 9, 13) | {10: 14, 11: 12, 12: 15, 14: 16, 16: 17}

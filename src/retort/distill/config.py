@@ -247,4 +247,5 @@ def resolved(config: DistillConfig) -> dict[str, Any]:
     known = {f.name for f in fields(config) if f.init}
     values = config.to_dict()
     secrets = {name for name in known if name.endswith("_token")}
+    values["report_to"] = values["report_to"] or "none"  # an empty list is refused as a flag
     return {name: value for name, value in values.items() if name in known - secrets}

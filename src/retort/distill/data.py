@@ -76,11 +76,11 @@ def tokenize(rows: Any, encoding: Encoding, num_proc: int | None = None) -> Data
     """
     from datasets import Dataset
 
+    if not len(rows):
+        raise ConfigurationError(f"{encoding.origin} is empty: give at least one row")
     if not isinstance(rows, Dataset):
         rows = Dataset.from_list([{k: row[k] for k in COLUMNS if k in row} for row in rows])
     _check_columns(rows.column_names, encoding)
-    if not len(rows):
-        raise ConfigurationError(f"{encoding.origin} is empty: give at least one row")
     return rows.map(
         lambda row, index: _encoded(row, index, encoding),
         with_indices=True,

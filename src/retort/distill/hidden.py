@@ -33,7 +33,7 @@ class HeadlessModel:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if not self.plain or self.module is None:
             return call(**inputs).logits
-        with _narrowed(self.module) as seen:
+        with _watched(self.module, narrow=True) as seen:
             call(**inputs)
         return seen[0]
 
@@ -43,15 +43,15 @@ def _identity(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _narrowed(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Catch what the head is given, and let it compute one position only."""
+def _watched(head: nn.Module, narrow: bool) -> Iterator[list[Tensor]]:
+    """Catch what the head is given; with ``narrow`` it computes one position only."""
     seen: list[Tensor] = []
 
-    def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def watch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(args[0])
-        return (args[0][:, :1], *args[1:])
+        return (args[0][:, :1], *args[1:]) if narrow else args
 
-    handle = head.register_forward_pre_hook(narrow)
+    handle = head.register_forward_pre_hook(watch)
     try:
         yield seen
     finally:
@@ -60,17 +60,19 @@ def _narrowed(head: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def _explains_logits(model: Any, head: nn.Module) -> bool:
-    """Whether the head alone makes the model's logits (a cast to float32 is no difference)."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    """Whether the head alone makes the model's logits (a cast to float32 is no difference).
+
+    Several tokens are tried, since the embedding of a padding token may be 0.
+    """
+    size = min(8, model.config.get_text_config().vocab_size)
+    ids = torch.arange(size, device=model.device)[None]
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with _narrowed(head) as seen:
+        with _watched(head, narrow=False) as seen:
             logits = model(input_ids=ids, use_cache=False).logits
-        if len(seen) != 1:
-            return False
-        ours = head(seen[0][:, :1])
+        ours = [head(hidden) for hidden in seen]
     finally:
         for module in training:
             module.training = True
-    return ours.shape == logits.shape and torch.equal(ours.to(logits.dtype), logits)
+    return len(ours) == 1 and torch.equal(ours[0].to(logits.dtype), logits)

@@ -47,7 +47,7 @@ def cut_layers(model: Any, count: int) -> Any:
     student.load_state_dict(_renumbered(model.state_dict(), prefix, kept))
     student.tie_weights()
     student.generation_config = copy.deepcopy(model.generation_config)
-    return student.to(model.dtype)
+    return student.to(model.dtype).eval()
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
@@ -76,7 +76,7 @@ def dense_retnet_student(teacher: Any, layers: int, **overrides: Any) -> Any:
     norm = getattr(getattr(teacher.base_model, "norm", None), "weight", None)
     if isinstance(norm, torch.Tensor):
         _copy(norm, student.model.norm.weight, "final norm")
-    return student
+    return student.eval()
 
 
 def copy_embeddings(teacher: Any, student: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -48,7 +48,17 @@ class WholeCheckpointTrainer(Trainer):
             start = str(newest)
         elif resume_from_checkpoint:
             start = str(checkpoint.require(resume_from_checkpoint))
+        if start is not None and 0 < self.args.max_steps <= checkpoint.step_of(start):
+            return self._take_finished(start)
         return super().train(start, trial, ignore_keys_for_eval)
+
+    def _take_finished(self, start: str) -> TrainOutput:
+        """The end of a run that is complete; transformers would train one step too many."""
+        self._load_from_checkpoint(start)
+        self._restore_from(Path(start))
+        self.state = TrainerState.load_from_json(str(Path(start) / TRAINER_STATE_NAME))
+        losses = [record["loss"] for record in self.state.log_history if "loss" in record]
+        return TrainOutput(self.state.global_step, losses[-1] if losses else float("nan"), {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write model and tokenizer; in a run's own folder each file is replaced whole."""

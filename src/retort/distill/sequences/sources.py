@@ -133,7 +133,7 @@ class Sources:
         replay_share: float = 0.0,
     ) -> None:
         self.recipe, self.writer, self.seed = recipe, writer, seed
-        self.buffer = buffer or ReplayBuffer(0)
+        self.buffer = ReplayBuffer(0) if buffer is None else buffer  # an empty one is false
         self.replay_share = replay_share
 
     def draw(

@@ -1,0 +1,200 @@
+"""Checkpoints are complete or absent, and carry the trainer's whole state."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from retort.distill import checkpoint
+from retort.distill.bands import Bands
+from retort.distill.losses import DacSettings
+from retort.distill.sequences.replay import ReplayBuffer
+from retort.errors import ConfigurationError, RetortError
+from tests.distill.toys import trainer
+
+
+def publish(folder, step, content="x"):
+    with checkpoint.staging(folder) as place:
+        filled = place / f"checkpoint-{step}"
+        filled.mkdir()
+        (filled / "weights").write_text(content)
+        checkpoint.publish(filled, folder / filled.name)
+        place.rmdir()
+    return folder / filled.name
+
+
+def test_the_newest_is_by_number_and_not_by_name(tmp_path):
+    for step in (9, 100, 20):
+        publish(tmp_path, step)
+    assert checkpoint.newest(tmp_path).name == "checkpoint-100"
+    assert checkpoint.newest(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose", "no manifest"])
+def test_a_damaged_one_is_passed_over(tmp_path, damage, caplog):
+    publish(tmp_path, 1)
+    path = publish(tmp_path, 2, "weights of step two")
+    stat = (path / "weights").stat()
+    if damage == "flip":  # same size and time
+        (path / "weights").write_text("weightS of step two")
+        os.utime(path / "weights", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif damage == "cut":
+        (path / "weights").write_text("weights")
+    elif damage == "lose":
+        (path / "weights").unlink()
+    else:
+        (path / "retort_manifest.json").unlink()
+    assert checkpoint.newest(tmp_path).name == "checkpoint-1"
+    assert "checkpoint-2" in caplog.text
+    with pytest.raises(ConfigurationError, match="cannot resume"):
+        checkpoint.require(path)
+
+
+def test_a_failed_save_leaves_nothing_and_the_older_one(tmp_path):
+    publish(tmp_path, 1)
+    with pytest.raises(FileNotFoundError), checkpoint.staging(tmp_path) as place:
+        checkpoint.publish(place / "checkpoint-2", tmp_path / "checkpoint-2")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_what_a_killed_save_left_is_cleaned(tmp_path):
+    (tmp_path / ".checkpoint.partial" / "checkpoint-2").mkdir(parents=True)
+    assert checkpoint.newest(tmp_path) is None
+    checkpoint.clean(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_publishing_over_a_broken_one_replaces_it(tmp_path):
+    path = publish(tmp_path, 1, "old")
+    (path / "weights").write_text("broken")
+    publish(tmp_path, 1, "new")
+    assert (path / "weights").read_text() == "new" and checkpoint.newest(tmp_path) == path
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        publish(tmp_path, step)
+    checkpoint.rotate(tmp_path, 2, str(tmp_path / "checkpoint-2"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    checkpoint.rotate(tmp_path, None, None)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_files_of_a_finished_model_are_replaced_one_by_one(tmp_path):
+    (tmp_path / "config.json").write_text("old")
+    with checkpoint.staging(tmp_path) as place:
+        (place / "config.json").write_text("new")
+        checkpoint.replace_files(place, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "new"
+
+
+def moved_bands(steps, seed=1):
+    bands = Bands(DacSettings(), 1e-2, seed)
+    for step in range(steps):
+        move(bands, step)
+    return bands
+
+
+def move(bands, step):
+    generator = torch.Generator().manual_seed(step)
+    pair = [torch.randn(5, 40, generator=generator).log_softmax(-1) for _ in range(2)]
+    lower, upper = bands.network(*pair)
+    (upper - lower).sum().backward()
+    bands.optimizer.step()
+    bands.optimizer.zero_grad()
+    bands.update(0.9)
+
+
+def test_a_restored_band_goes_on_bit_for_bit(tmp_path):
+    unbroken, first = moved_bands(6), moved_bands(3)
+    checkpoint.save_state(tmp_path, {"bands": first.numbers()}, first.tensors())
+    state, tensors = checkpoint.load_state(tmp_path)
+    second = Bands(DacSettings(), 1e-2, seed=99)
+    second.load(state["bands"], tensors)
+    for step in range(3, 6):
+        move(second, step)
+    assert second.numbers() == unbroken.numbers()
+    for name, value in unbroken.tensors().items():
+        assert torch.equal(second.tensors()[name], value), name
+
+
+def test_a_restored_buffer_holds_the_same_pairs_in_order():
+    buffer, again = ReplayBuffer(2), ReplayBuffer(2)
+    for n in range(3):
+        buffer.add([n], [n, n])
+    again.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+    assert again.state_dict() == buffer.state_dict() == {"pairs": [[[1], [1, 1]], [[2], [2, 2]]]}
+
+
+def test_a_trainers_checkpoint_holds_everything_and_loads_as_a_model(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2, replay_buffer_size=5)
+    run.train()
+    folder = checkpoint.newest(tmp_path)
+    assert folder.name == "checkpoint-4"
+    state, tensors = checkpoint.load_state(folder)
+    assert state["bands"]["updates"] == 4 and len(state["buffer"]["pairs"]) == 5
+    assert state["corrections"] and state["fixed"]["method"] == "mgsr"
+    assert {name.partition(".")[0] for name in tensors} == {"network", "optimizer"}
+    from retort.models import zoo
+
+    assert torch.equal(zoo.load_model(folder).lm_head.weight, run.model.lm_head.weight)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_best_checkpoint_is_named_where_it_lies(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}] * 4
+    run = trainer(
+        tmp_path,
+        rows=rows,
+        eval_dataset=rows,
+        method="sft",
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        save_total_limit=1,
+    )
+    run.train()
+    best = run.state.best_model_checkpoint
+    assert best == str(tmp_path / f"checkpoint-{run.state.best_global_step}")
+    saved = json.loads((tmp_path / best / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == best
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    run = trainer(tmp_path, method="sft", save_strategy="steps", save_steps=2)
+    original, saves = checkpoint.save_state, []
+
+    def full(*arguments):
+        saves.append(1)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+        original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    with pytest.raises(RetortError, match=r"step 4 could not be written.*No space left"):
+        run.train()
+    assert checkpoint.newest(tmp_path).name == "checkpoint-2"
+    assert not (tmp_path / ".checkpoint.partial").exists()
+
+
+@pytest.mark.parametrize("changes", [{"method": "kd"}, {"seed": 7}])
+def test_another_run_is_not_continued(tmp_path, changes):
+    trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    other = trainer(tmp_path, **changes)
+    with pytest.raises(ConfigurationError, match=next(iter(changes))):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_resuming_without_a_checkpoint_says_so(tmp_path):
+    run = trainer(tmp_path, method="sft")
+    with pytest.raises(ConfigurationError, match="no complete checkpoint"):
+        run.train(resume_from_checkpoint=True)
+    publish(tmp_path, 3)
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    with pytest.raises(ConfigurationError, match="cannot resume"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -1,0 +1,204 @@
+"""Rows to ids: formats, end tokens, and errors that name row and column."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from retort.distill.batch import TrainingSequence, build_batch, stream_mask
+from retort.distill.data import Encoding, collate, end_tokens, load_rows, tokenize, until_eos
+from retort.distill.losses import IGNORED
+from retort.errors import ConfigurationError
+from tests.distill.toys import llama, tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% if m.role == 'assistant' %}<eos>!{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def encoding(**changes):
+    made = tokenizer()
+    made.chat_template = TEMPLATE
+    values = {"tokenizer": made, "eos_ids": (made.eos_token_id,), "max_length": 64}
+    return Encoding(**{**values, **changes})
+
+
+def texts(rows, **changes):
+    """(prompt, completion) of each row, decoded with special tokens."""
+    how = encoding(**changes)
+    decode = how.tokenizer.decode
+    return [(decode(r["prompt_ids"]), decode(r["completion_ids"])) for r in tokenize(rows, how)]
+
+
+def write(path, *rows):
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_text_columns_end_with_the_end_token():
+    assert texts([{"prompt": "Hi", "completion": " you"}]) == [("Hi", " you<eos>")]
+
+
+def test_references_count_by_their_first():
+    rows = [{"prompt": "a", "reference": "b"}, {"prompt": "c", "reference": "d"}]
+    assert texts(rows) == [("a", "b<eos>"), ("c", "d<eos>")]
+    assert texts(Dataset.from_list([{"prompt": "a", "reference": ["x", "y"]}])) == [("a", "x<eos>")]
+
+
+def test_messages_and_chat_prompts_go_through_the_template_and_end_at_its_first_end_token():
+    user, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    expected = [("[user]Q[assistant]", "A<eos>")]
+    assert texts([{"messages": [user, answer]}]) == expected
+    assert texts([{"prompt": [user], "completion": [answer]}]) == expected
+    assert texts([{"prompt": [user], "completion": "A"}]) == expected
+    assert texts([{"prompt": "Q", "completion": "A"}], as_chat=True) == expected
+
+
+def test_a_conversation_keeps_earlier_turns_in_the_prompt():
+    said = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in said]}]
+    assert texts(rows) == [("[user]1[assistant]2<eos>![user]3[assistant]", "4<eos>")]
+
+
+def test_prompts_alone_are_enough_where_no_completion_is_read():
+    assert texts([{"prompt": "Hi"}], completion=False) == [("Hi", "")]
+
+
+def test_a_long_completion_loses_its_end_and_its_end_token():
+    ((prompt, completion),) = texts([{"prompt": "abc", "completion": "0123456789"}], max_length=8)
+    assert (prompt, completion) == ("abc", "01234")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "x"}], "columns"),
+        ([{"prompt": "x"}], "'completion'"),
+        ([], "is empty"),
+        (
+            [{"prompt": "x", "completion": "y"}, {"prompt": "", "completion": "y"}],
+            "row 2: column 'prompt'",
+        ),
+        ([{"prompt": "x", "completion": "  "}], "row 1: column 'completion' is empty"),
+        ([{"prompt": "x", "reference": None}], "row 1: column 'reference' is empty"),
+        ([{"prompt": "x" * 64, "completion": "y"}], "row 1: the prompt has 64 tokens"),
+        ([{"prompt": "x" * 10**6, "completion": "y"}], "row 1: the prompt has 1000000 tokens"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], "row 1: column 'messages' must end"),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "x"},
+                        {"role": "assistant", "content": ""},
+                    ]
+                }
+            ],
+            "row 1: column 'messages' is empty",
+        ),
+    ],
+)
+def test_bad_rows_are_named_in_one_line(rows, message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        tokenize(rows, encoding(origin="data"))
+    assert "\n" not in str(caught.value)
+
+
+def test_chat_without_a_template_says_so():
+    with pytest.raises(ConfigurationError, match="chat template"):
+        tokenize(
+            [{"prompt": "x", "completion": "y"}], encoding(tokenizer=tokenizer(), as_chat=True)
+        )
+
+
+def test_jsonl_reads_mixed_rows_and_ignores_other_columns(tmp_path):
+    rows = [{"prompt": "a", "reference": "b", "id": 1}, {"prompt": "c", "reference": ["d", "e"]}]
+    loaded = load_rows(write(tmp_path / "x.jsonl", *rows))
+    assert loaded.column_names == ["prompt", "reference"]
+    assert loaded["reference"][:] == ["b", "d"]
+
+
+def test_parquet_and_folders_go_through_datasets(tmp_path):
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    rows.to_parquet(str(tmp_path / "train.parquet"))
+    assert load_rows(str(tmp_path / "train.parquet"))[0] == {"prompt": "a", "completion": "b"}
+    assert load_rows(str(tmp_path))["prompt"][:] == ["a"]
+    rows.save_to_disk(str(tmp_path / "saved"))
+    assert load_rows(str(tmp_path / "saved"))["completion"][:] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "row 2: not valid JSON"),
+        ('{"prompt": "a"}\n[1]\n', "row 2: expected an object"),
+        ('{"question": "a"}\n', r"columns \['question'\]"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_row(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        load_rows(str(path))
+    assert "bad.jsonl" in str(caught.value)
+
+
+def test_missing_data_is_an_error_of_one_line(tmp_path):
+    for name in (str(tmp_path / "no.jsonl"), str(tmp_path / "no.parquet"), str(tmp_path)):
+        with pytest.raises(ConfigurationError) as caught:
+            load_rows(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_end_tokens_are_the_tokenizers_and_the_models():
+    made, model = tokenizer(), llama()
+    model.generation_config.eos_token_id = [7, made.eos_token_id]
+    assert end_tokens(made, model) == (made.eos_token_id, 7)
+    made.eos_token = None
+    with pytest.raises(ConfigurationError, match="eos_token"):
+        end_tokens(made)
+
+
+def test_until_eos_keeps_the_first_end_token():
+    assert until_eos([5, 6, 2, 7, 2], [2]) == [5, 6, 2]
+    assert until_eos([5, 6], [2]) == [5, 6]
+
+
+def test_targets_hold_the_end_token_even_where_it_is_the_padding():
+    """pad == eos == 0: `id != pad` would never teach the student to stop."""
+    sequences = [
+        TrainingSequence([4, 5], [6, 0], supervised=True, distilled=False),
+        TrainingSequence([7], [8, 9, 8, 0], supervised=False, distilled=True),
+    ]
+    batch = build_batch(sequences, pad_id=0, tagger=lambda ids: list(range(len(ids))))
+    i = IGNORED
+    assert batch["input_ids"].tolist() == [[4, 5, 6, 0, 0], [7, 8, 9, 8, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert batch["targets"].tolist() == [[i, 6, 0, i, i], [8, 9, 8, 0, i]]
+    assert batch["span_ids"].tolist() == [[-1] * 5, [0, 1, 2, 3, -1]]
+    assert stream_mask(batch, "supervised").sum() == 2
+    assert stream_mask(batch, "distilled").sum() == 4
+
+
+def test_the_collator_hands_on_examples():
+    (example,) = collate([{"index": 3, "prompt_ids": [1], "completion_ids": [2]}])["examples"]
+    assert (example.index, example.prompt_ids, example.completion_ids) == (3, [1], [2])
+
+
+def test_real_rows_and_the_real_tokenizer_learn_to_stop(data, zoo_tokenizer):
+    rows = load_rows(str(data / "dolly_valid.jsonl")).select(range(20))
+    ends = end_tokens(zoo_tokenizer)
+    how = Encoding(zoo_tokenizer, ends, max_length=1024, as_chat=True)
+    for row, source in zip(tokenize(rows, how), rows, strict=True):
+        assert row["completion_ids"][-1] in ends
+        assert zoo_tokenizer.decode(row["completion_ids"][:-1]) == source["reference"]
+        batch = build_batch(
+            [TrainingSequence(row["prompt_ids"], row["completion_ids"], True, False)],
+            zoo_tokenizer.pad_token_id,
+        )
+        assert torch.equal(
+            batch["targets"][batch["targets"] != IGNORED], torch.tensor(row["completion_ids"])
+        )

@@ -1,0 +1,220 @@
+"""A killed run, started again by the same command, ends in the weights of an unbroken one.
+
+All runs use real processes: `kill -9` reaches no Python code of ours.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from retort.distill import checkpoint
+from retort.distill.config import resolved
+from retort.distill.run import run
+from retort.errors import ConfigurationError
+from tests.distill.toys import ROWS, config, llama, tokenizer
+
+COMMAND = [sys.executable, "-c", "from retort.cli import main; main()", "distill", "--config"]
+
+# Killed in the middle of its second save: before the files are hashed, or between the two.
+IN_A_SAVE = """
+import os, signal, sys
+from retort.cli import main
+from retort.distill import checkpoint
+name, calls = sys.argv.pop(1), []
+original = getattr(checkpoint, name)
+def killed(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+setattr(checkpoint, name, killed)
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A saved teacher, a larger student-to-be and data."""
+    folder = tmp_path_factory.mktemp("parts")
+    for name, seed in (("teacher", 1), ("student", 2)):
+        llama(seed, layers=3).save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def settings(parts, folder, **changes):
+    student = {"model_name_or_path": str(parts / "student"), "student_num_hidden_layers": 2}
+    values = {
+        "teacher_model_name_or_path": str(parts / "teacher"),
+        "dataset_name": str(parts / "rows.jsonl"),
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_steps": 10,
+        "disable_dropout": False,
+    }
+    if changes.get("student_type") is None:
+        values |= student
+    return config(folder, **{**values, **changes})
+
+
+def write_command(made, path):
+    path.write_text(yaml.safe_dump(resolved(made)))
+    return str(path)
+
+
+def final(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal_runs(left, right):
+    ours, theirs = final(left), final(right)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    a, b = (checkpoint.load_state(checkpoint.newest(folder)) for folder in (left, right))
+    times = {key for key in a[0]["meter"] if key.startswith("time/")}
+    for key in a[0].keys() - {"meter"}:
+        assert a[0][key] == b[0][key], key
+    for key in a[0]["meter"].keys() - times:
+        assert a[0]["meter"][key] == b[0]["meter"][key], key
+    for name, value in a[1].items():
+        assert torch.equal(value, b[1][name]), name
+
+
+def log(folder):
+    """Every logged number but times."""
+    lines = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+    skipped = ("time/", "train_", "eval_runtime", "eval_samples", "eval_steps")
+    return [{k: v for k, v in line.items() if not k.startswith(skipped)} for line in lines]
+
+
+MIXES = {
+    "mgsr on a cut llama with dropout": {},
+    "mgsr on a DenseRetNet, two rounds": {
+        "student_type": "dense_retnet",
+        "student_num_hidden_layers": 2,
+        "student_config": {"dropout": 0.1},
+        "scrg_rounds": 2,
+        "scrg_warmup_steps": 2,
+    },
+    "a mix with replay and adaptive choices": {
+        "method": "kd",
+        "lmbda": 0.6,
+        "sft_weight": 0.5,
+        "replay_buffer_size": 6,
+        "replay_share": 0.5,
+        "logging_steps": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_run_that_stopped_anywhere_goes_on_exactly(parts, tmp_path, mix):
+    """Without processes: every checkpoint of an unbroken run leads to the same end."""
+    whole = run(settings(parts, tmp_path / "whole", **MIXES[mix]))
+    for step in (3, 6):
+        again = tmp_path / f"from-{step}"
+        again.mkdir()
+        os.symlink(whole / f"checkpoint-{step}", again / f"checkpoint-{step}")
+        run(settings(parts, again, **MIXES[mix]))
+        assert_equal_runs(whole, again)
+        tail = [line for line in log(whole) if line["step"] > step]
+        assert log(again)[-len(tail) + 1 :] == tail[1:]
+
+
+def test_the_command_killed_in_the_middle_goes_on_exactly(parts, tmp_path):
+    changes = {"max_steps": 60, "save_steps": 6, "student_type": "dense_retnet"}
+    changes |= {"student_num_hidden_layers": 2, "learning_rate": 3e-4}
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    command = [*COMMAND, write_command(settings(parts, broken, **changes), tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for(lambda: (broken / "checkpoint-6").is_dir(), process)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    assert not (broken / "model.safetensors").exists()
+    assert checkpoint.step_of(checkpoint.newest(broken)) < 60
+    subprocess.run(command, check=True, capture_output=True)
+    run(settings(parts, whole, **changes))
+    assert_equal_runs(whole, broken)
+    assert [line for line in log(broken) if "loss" in line] == [
+        line for line in log(whole) if "loss" in line
+    ]
+
+
+@pytest.mark.parametrize("place", ["save_state", "publish"])
+def test_the_command_killed_inside_a_save_goes_on_exactly(parts, tmp_path, place):
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    path = write_command(settings(parts, broken), tmp_path / "run.yaml")
+    script = [sys.executable, "-c", IN_A_SAVE, place, "distill", "--config", path]
+    assert subprocess.run(script, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert (broken / ".checkpoint.partial" / "checkpoint-6").is_dir()
+    assert checkpoint.newest(broken).name == "checkpoint-3"
+    run(settings(parts, broken))
+    run(settings(parts, whole))
+    assert not list(broken.glob(".*"))
+    assert_equal_runs(whole, broken)
+
+
+def wait_for(done, process, seconds=120):
+    ends = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def test_a_finished_run_is_left_as_it_is(parts, tmp_path):
+    folder = run(settings(parts, tmp_path, method="sft", max_steps=3))
+    before, lines = final(folder), log(folder)
+    run(settings(parts, tmp_path, method="sft", max_steps=3))
+    for name, value in final(folder).items():
+        assert torch.equal(value, before[name])
+    assert [line for line in log(folder) if "loss" in line] == [x for x in lines if "loss" in x]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(parts, tmp_path):
+    whole = run(settings(parts, tmp_path / "whole"))
+    again = run(settings(parts, tmp_path / "again"))
+    weights = again / "checkpoint-10" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    run(settings(parts, again))
+    assert_equal_runs(whole, again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name": None}, "dataset_name"),
+        ({"teacher_model_name_or_path": None}, "teacher_model_name_or_path"),
+        ({"model_name_or_path": None}, "no student"),
+        ({"dataset_name": "none.jsonl"}, "no file none.jsonl"),
+    ],
+)
+def test_what_is_missing_is_named_and_nothing_is_written(parts, tmp_path, changes, message):
+    folder = tmp_path / "run"
+    with pytest.raises(ConfigurationError, match=message):
+        run(settings(parts, folder, **changes))
+    assert not folder.exists()
+
+
+def test_tokenizers_that_differ_are_refused(parts, tmp_path):
+    from tests.distill.tokenizers import byte_level
+
+    llama(2).save_pretrained(tmp_path / "other")
+    byte_level().save_pretrained(tmp_path / "other")
+    made = settings(parts, tmp_path / "run", model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ConfigurationError, match="tokenizers differ at id"):
+        run(made)
