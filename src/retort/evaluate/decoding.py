@@ -1,0 +1,139 @@
+"""Compare ways of decoding the same prompts: interleaved repeats, ratios pair by pair.
+
+Machines drift; so every repeat runs all arms one after the other, and what is quoted is the
+median over repeats of an arm's speed divided by the baseline's of the same repeat.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+Tokens = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One arm, once: what it decoded and how fast.
+
+    ``tokens`` and ``seconds`` count decoding only (passes without prompt slices); ``total_seconds``
+    is the whole call.
+    """
+
+    token_ids: Tokens
+    tokens: int
+    seconds: float
+    total_seconds: float
+    tokens_per_step: float = 1.0
+    padding_share: float = 0.0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+Arm = Callable[[Sequence[Sequence[int]], int], Measurement]
+
+
+@dataclass
+class ArmResult:
+    """An arm over all repeats."""
+
+    arm: str
+    batch_size: int
+    equal_to_plain: bool
+    tokens_per_second: float
+    tokens_per_step: float
+    padding_share: float
+    draft_tokens: int
+    accepted_tokens: int
+    prefill_seconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    speeds: list[float] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def compare(
+    arms: dict[str, Arm],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    repeats: int,
+    warmup: int = 1,
+) -> Iterator[ArmResult]:
+    """Run ``arms`` interleaved; the first is the baseline that ratios and equality refer to.
+
+    Args:
+        arms: name → function of (prompts, max_new_tokens).
+        prompts: token ids, decoded as one batch.
+        repeats: counted rounds.
+        warmup: rounds that are not counted.
+    """
+    rounds = [
+        {name: arm(prompts, max_new_tokens) for name, arm in arms.items()}
+        for _ in range(warmup + repeats)
+    ][warmup:]
+    base = next(iter(arms))
+    for name in arms:
+        yield _summary(name, [r[name] for r in rounds], [r[base] for r in rounds])
+
+
+def engine_arm(engine: Any) -> Arm:
+    """An arm that decodes on an engine, which keeps what it learnt between repeats."""
+    import time
+
+    from retort.decode.stats import EngineStats
+
+    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Measurement:
+        engine.stats = EngineStats()
+        passes = engine.target.forward_tokens, engine.target.padding_tokens
+        started = time.perf_counter()
+        outputs = engine.generate([list(p) for p in prompts], max_new_tokens=max_new_tokens)
+        total, stats = time.perf_counter() - started, engine.stats
+        computed = engine.target.forward_tokens - passes[0]
+        padding = engine.target.padding_tokens - passes[1]
+        return Measurement(
+            token_ids=[o.token_ids for o in outputs],
+            tokens=stats.decode_tokens,
+            seconds=stats.decode_seconds,
+            total_seconds=total,
+            tokens_per_step=stats.tokens_per_step,
+            padding_share=padding / computed,
+            draft_tokens=stats.draft_tokens,
+            accepted_tokens=stats.accepted_tokens,
+        )
+
+    return run
+
+
+def _summary(name: str, mine: list[Measurement], base: list[Measurement]) -> ArmResult:
+    speeds = [m.tokens / m.seconds for m in mine]
+    ratios = [s / (b.tokens / b.seconds) for s, b in zip(speeds, base, strict=True)]
+    low, high = _interval(ratios)
+    return ArmResult(
+        arm=name,
+        batch_size=len(mine[0].token_ids),
+        equal_to_plain=all(m.token_ids == base[0].token_ids for m in mine),
+        tokens_per_second=median(speeds),
+        tokens_per_step=median(m.tokens_per_step for m in mine),
+        padding_share=median(m.padding_share for m in mine),
+        draft_tokens=int(median(m.draft_tokens for m in mine)),
+        accepted_tokens=int(median(m.accepted_tokens for m in mine)),
+        prefill_seconds=median(m.total_seconds - m.seconds for m in mine),
+        ratio=median(ratios),
+        ratio_low=low,
+        ratio_high=high,
+        speeds=speeds,
+    )
+
+
+def _interval(ratios: Sequence[float], samples: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the median ratio."""
+    rng = random.Random(0)
+    medians = sorted(median(rng.choices(ratios, k=len(ratios))) for _ in range(samples))
+    return medians[int(0.025 * samples)], medians[int(0.975 * samples)]
