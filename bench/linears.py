@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from retort.ops import native
-from retort.ops.linear import pack, packed_linear, packed_linears
+from retort.ops.linear import gated, pack, packed_linear, packed_linears
 
 # hidden, query and key/value widths, intermediate width, layers, vocabulary
 HIDDEN, QUERY, KEY, INNER, LAYERS, VOCAB = 576, 576, 192, 1536, 30, 49152
@@ -48,8 +48,7 @@ class Step:
 
     def _fuse(self, precision):
         layers, head = self.packed[precision]
-        gated = [pack(w[4], up=w[5], precision=precision) for w in self.layers]
-        return [(p[:3], p[3], g, p[6]) for p, g in zip(layers, gated, strict=True)], head
+        return [(p[:3], p[3], gated(p[4], p[5]), p[6]) for p in layers], head
 
     @property
     def weights(self):
@@ -70,10 +69,10 @@ class Step:
 
     def together(self, precision, x, wide):
         layers, head = self.fused[precision]
-        for qkv, out, gated, down in layers:
+        for qkv, out, inner, down in layers:
             packed_linears(x, qkv)
             packed_linear(x, out, x)
-            packed_linear(x, gated)
+            packed_linear(x, inner)
             packed_linear(wide, down, x)
         packed_linear(x, head)
 

@@ -8,16 +8,14 @@ from torch.nn import functional as F
 
 from retort.errors import ConfigurationError
 from retort.ops import linear, native
-from retort.ops.linear import pack, packed_argmax, packed_linear, unpack
+from retort.ops.linear import gated, pack, packed_argmax, packed_linear, unpack
 
 
 @pytest.mark.parametrize("n", [1, 16, 31, 32, 33, 80])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_unpack_is_the_inverse_of_pack(n, precision):
-    gate, up = torch.randn(2, n, 7).bfloat16().float()
-    assert torch.equal(unpack(pack(gate, precision=precision)), gate)
-    both = unpack(pack(gate, up=up, precision=precision))
-    assert torch.equal(both, torch.cat((gate, up)))
+    weight = torch.randn(n, 7).bfloat16().float()
+    assert torch.equal(unpack(pack(weight, precision=precision)), weight)
 
 
 def test_auto_stores_bf16_only_where_it_is_exact():
@@ -45,14 +43,14 @@ def test_half_inputs_are_computed_in_float32_and_rounded_once():
 
 def test_the_twin_does_the_same_without_the_native_core(monkeypatch):
     plain = pack(torch.randn(40, 100), torch.randn(40))
-    gated = pack(torch.randn(40, 100), up=torch.randn(40, 100))
+    pair = gated(plain, pack(torch.randn(40, 100)))
     x, residual = torch.randn(3, 100), torch.randn(3, 40)
     with_core = [
-        packed_linear(x, plain, residual), packed_linear(x, gated), *packed_argmax(x, plain)
+        packed_linear(x, plain, residual), packed_linear(x, pair), *packed_argmax(x, plain)
     ]  # fmt: skip
     monkeypatch.setattr(native, "available", lambda: False)
     without = [
-        packed_linear(x, plain, residual), packed_linear(x, gated), *packed_argmax(x, plain)
+        packed_linear(x, plain, residual), packed_linear(x, pair), *packed_argmax(x, plain)
     ]  # fmt: skip
     for a, b in zip(with_core, without, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -60,11 +58,12 @@ def test_the_twin_does_the_same_without_the_native_core(monkeypatch):
 
 def test_the_custom_op_passes_torchs_own_checks_and_compiles():
     weight, x = pack(torch.randn(40, 20), torch.randn(40)), torch.randn(2, 3, 20)
-    torch.library.opcheck(
-        linear._packed_linear_op, (x, weight.data, weight.bias, weight.n, False, None)
-    )
-    compiled = torch.compile(lambda t: packed_linear(t, weight) + 1, backend="eager")
-    assert torch.equal(compiled(x), packed_linear(x, weight) + 1)
+    for up in ((None, None), (weight.data, weight.bias)):
+        arguments = (x, weight.data, weight.bias, weight.n, *up, None)
+        torch.library.opcheck(linear._packed_linear_op, arguments)
+    for layer in (weight, gated(weight, weight)):
+        compiled = torch.compile(lambda t, w=layer: packed_linear(t, w) + 1, backend="eager")
+        assert torch.equal(compiled(x), packed_linear(x, layer) + 1)
 
 
 def test_bad_weights_are_refused():
@@ -75,8 +74,8 @@ def test_bad_weights_are_refused():
         lambda: pack(good.double()),
         lambda: pack(good.to("meta")),
         lambda: pack(good, torch.randn(3)),
-        lambda: pack(good, up=torch.randn(4, 4)),
-        lambda: pack(good, torch.randn(4), up=good),
+        lambda: gated(pack(good), pack(torch.randn(4, 4))),
+        lambda: gated(gated(pack(good), pack(good)), pack(good)),
         lambda: pack(good, precision="int8"),
     ):
         with pytest.raises(ConfigurationError):
@@ -84,7 +83,8 @@ def test_bad_weights_are_refused():
 
 
 def test_bad_inputs_are_refused():
-    weight, gated = pack(torch.randn(4, 3)), pack(torch.randn(4, 3), up=torch.randn(4, 3))
+    weight = pack(torch.randn(4, 3))
+    pair = gated(weight, weight)
     x = torch.randn(2, 3)
     for bad in (
         lambda: packed_linear(torch.randn(2, 4), weight),
@@ -94,8 +94,8 @@ def test_bad_inputs_are_refused():
         lambda: packed_linear(x.to("meta"), weight),
         lambda: packed_linear(x, weight, torch.randn(2, 3)),
         lambda: packed_linear(x, weight, torch.randn(2, 4).double()),
-        lambda: packed_linear(x, gated, torch.randn(2, 4)),
-        lambda: packed_argmax(x, gated),
+        lambda: packed_linear(x, pair, torch.randn(2, 4)),
+        lambda: packed_argmax(x, pair),
     ):
         with pytest.raises(ConfigurationError):
             bad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -32,15 +32,15 @@ class PackedWeight:
 
     Attributes:
         data: ``[panels, k, 32]`` float32 or bfloat16, contiguous.
-        n: outputs stored, 2 × the layer's outputs where ``gated``.
+        n: outputs of the layer.
         bias: ``[n]`` float32 or None.
-        gated: gate outputs in columns 0–15, up outputs in 16–31 of each panel.
+        up: see `gated`.
     """
 
     data: Tensor
     n: int
     bias: Tensor | None = None
-    gated: bool = False
+    up: PackedWeight | None = None
 
     @cached_property
     def k(self) -> int:
@@ -48,16 +48,12 @@ class PackedWeight:
         return self.data.shape[1]
 
     @cached_property
-    def outputs(self) -> int:
-        """Outputs of the layer."""
-        return self.n // 2 if self.gated else self.n
-
-    @cached_property
     def layer(self) -> abi.Linear:
         """What the native core reads."""
         bias = None if self.bias is None else self.bias.data_ptr()
+        up = None if self.up is None else self.up.address
         bf16 = self.data.dtype == torch.bfloat16
-        return abi.Linear(self.data.data_ptr(), bias, self.k, self.n, bf16, self.gated)
+        return abi.Linear(self.data.data_ptr(), bias, self.k, self.n, bf16, up)
 
     @cached_property
     def address(self) -> int:
@@ -65,43 +61,46 @@ class PackedWeight:
         return ctypes.addressof(self.layer)
 
 
-def pack(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    up: Tensor | None = None,
-    precision: str = "auto",
-) -> PackedWeight:
-    """Pack ``weight`` ``[n, k]`` (and, for a gated layer, ``up`` of the same shape).
+def pack(weight: Tensor, bias: Tensor | None = None, *, precision: str = "auto") -> PackedWeight:
+    """Pack ``weight`` ``[n, k]``.
 
     Args:
-        weight: float32 or a half type; with ``up`` it is the gate.
-        bias: ``[n]`` or None; a gated layer has none.
-        up: makes the layer ``silu(x @ weight.T) * (x @ up.T)``.
+        weight: float32 or a half type, on the CPU.
+        bias: ``[n]`` or None.
         precision: ``"float32"``, ``"bfloat16"`` (rounds), or ``"auto"``: bf16 where it is exact.
 
     Raises:
         ConfigurationError: shapes, types, device or precision are not as above.
     """
-    _check_weights(weight, bias, up, precision)
-    rows = weight.detach() if up is None else _interleave(weight.detach(), up.detach())
+    _check_weight(weight, bias, precision)
+    rows = weight.detach()
     exact = bool((rows.to(torch.bfloat16).to(rows.dtype) == rows).all())
     half = precision == "bfloat16" or (precision == "auto" and exact)
-    dtype = torch.bfloat16 if half else torch.float32
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous().clone()
-    n = weight.shape[0] * (1 if up is None else 2)
-    return PackedWeight(_to_panels(rows.to(dtype)), n, bias, up is not None)
+    panels = _to_panels(rows.to(torch.bfloat16 if half else torch.float32))
+    return PackedWeight(panels, weight.shape[0], bias)
+
+
+def gated(gate: PackedWeight, up: PackedWeight) -> PackedWeight:
+    """The layer ``silu(gate(x)) * up(x)`` on the two layers' own panels, in one pass.
+
+    Raises:
+        ConfigurationError: the layers differ in inputs or outputs, or are gated already.
+    """
+    if (gate.n, gate.k) != (up.n, up.k) or gate.up or up.up:
+        raise ConfigurationError(
+            f"gate and up must be plain layers of one shape, not {gate.n} × {gate.k} and "
+            f"{up.n} × {up.k}"
+        )
+    return replace(gate, up=up)
 
 
 def unpack(packed: PackedWeight) -> Tensor:
-    """The weight ``[n, k]`` as it was packed, float32; of a gated layer gate rows, then up rows."""
+    """The weight ``[n, k]`` as it was packed, float32 (of a gated layer, the gate's)."""
     data = packed.data
     if data.dtype == torch.bfloat16:
         data = data.unflatten(2, (16, 2)).transpose(2, 3).flatten(2)
     rows = data.transpose(1, 2).reshape(-1, packed.k).float()
-    if packed.gated:
-        rows = rows.unflatten(0, (-1, 2, 16)).transpose(0, 1).reshape(2, -1, packed.k)
-        rows = rows[:, : packed.outputs].flatten(0, 1)
     return rows[: packed.n].contiguous()
 
 
@@ -120,13 +119,14 @@ def packed_linear(x: Tensor, weight: PackedWeight, residual: Tensor | None = Non
         ConfigurationError: shape, type or device are not as above.
     """
     if torch.compiler.is_compiling():
-        return _packed_linear_op(x, weight.data, weight.bias, weight.n, weight.gated, residual)
+        up = (None, None) if weight.up is None else (weight.up.data, weight.up.bias)
+        return _packed_linear_op(x, weight.data, weight.bias, weight.n, *up, residual)
     if residual is not None:
         _check_residual(x, weight, residual)
     dense = _dense(x, weight.k) and (residual is None or residual.is_contiguous())
     if not dense or not native.available():
         return packed_linears(x, (weight,), residual)[0]
-    out = torch.empty((*x.shape[:-1], weight.outputs))
+    out = torch.empty((*x.shape[:-1], weight.n))
     add = None if residual is None else residual.data_ptr()
     native.library().retort_linear_dense(
         weight.address, x.data_ptr(), x.numel() // weight.k, out.data_ptr(), add,
@@ -174,7 +174,7 @@ def packed_argmax(x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor]:
         int64 ``[...]`` and float32 ``[...]``.
     """
     _check_input(x, (weight,))
-    if weight.gated:
+    if weight.up:
         raise ConfigurationError("packed_argmax() takes a plain layer, this one is gated")
     if not native.available():
         value, index = _twin(x.float(), (weight,), None)[0].max(-1)
@@ -191,14 +191,29 @@ def packed_argmax(x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor]:
     return index, value
 
 
+def _twin(x: Tensor, weights: Sequence[PackedWeight], residual: Tensor | None) -> list[Tensor]:
+    outs = []
+    for weight in weights:
+        out = _unpacked_linear(x, weight)
+        outs.append(F.silu(out) * _unpacked_linear(x, weight.up) if weight.up else out)
+    if residual is not None:
+        outs[0] = outs[0] + residual
+    return outs
+
+
+def _unpacked_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    bias = None if weight.bias is None else weight.bias.to(x.dtype)
+    return F.linear(x, unpack(weight).to(x.dtype), bias)
+
+
 def _native(x: Tensor, weights: Sequence[PackedWeight], residual: Tensor | None) -> list[Tensor]:
     address, stride, m, _alive = _address(x)
     lead = x.shape[:-1]
-    outs = [torch.empty((*lead, w.outputs)) for w in weights]
+    outs = [torch.empty((*lead, w.n)) for w in weights]
     count = len(weights)
     layers = weights[0].layer if count == 1 else (abi.Linear * count)(*[w.layer for w in weights])
     ends = (ctypes.c_int64 * (2 * count))(
-        *[out.data_ptr() for out in outs], *[w.outputs for w in weights]
+        *[out.data_ptr() for out in outs], *[w.n for w in weights]
     )
     out_at = ctypes.addressof(ends)
     add, add_stride, _, _alive_too = (None, 0, 0, None) if residual is None else _address(residual)
@@ -220,20 +235,6 @@ def _address(x: Tensor) -> tuple[int, int, int, Tensor]:
     return rows.data_ptr(), rows.stride(0), rows.shape[0], rows
 
 
-def _twin(x: Tensor, weights: Sequence[PackedWeight], residual: Tensor | None) -> list[Tensor]:
-    outs = []
-    for weight in weights:
-        bias = None if weight.bias is None else weight.bias.to(x.dtype)
-        out = F.linear(x, unpack(weight).to(x.dtype), bias)
-        if weight.gated:
-            gate, up = out.chunk(2, dim=-1)
-            out = F.silu(gate) * up
-        outs.append(out)
-    if residual is not None:
-        outs[0] = outs[0] + residual
-    return outs
-
-
 def _rows(x: Tensor) -> Tensor:
     """``x`` as ``[rows, k]`` with neighbouring columns; a copy where strides forbid it."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -249,14 +250,7 @@ def _to_panels(rows: Tensor) -> Tensor:
     return rows.transpose(1, 2).contiguous()
 
 
-def _interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """16 gate rows, 16 up rows, 16 gate rows …, the last group of each padded with zeros."""
-    spare = -gate.shape[0] % 16
-    pair = torch.stack([F.pad(w, (0, 0, 0, spare)) for w in (gate, up)])
-    return pair.unflatten(1, (-1, 16)).transpose(0, 1).flatten(0, 2)
-
-
-def _check_weights(weight: Tensor, bias: Tensor | None, up: Tensor | None, precision: str) -> None:
+def _check_weight(weight: Tensor, bias: Tensor | None, precision: str) -> None:
     if precision not in PRECISIONS:
         raise ConfigurationError(f"precision must be one of {PRECISIONS}, not {precision!r}")
     if weight.dim() != 2 or weight.dtype not in _TYPES or weight.device.type != "cpu":
@@ -264,8 +258,6 @@ def _check_weights(weight: Tensor, bias: Tensor | None, up: Tensor | None, preci
             f"a packed weight is a float32 or half matrix on the CPU, not {weight.dtype} "
             f"{tuple(weight.shape)} on {weight.device}"
         )
-    if up is not None and (up.shape != weight.shape or bias is not None):
-        raise ConfigurationError("gate and up must have one shape and no bias")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ConfigurationError(f"bias {tuple(bias.shape)} does not fit {tuple(weight.shape)}")
 
@@ -283,8 +275,8 @@ def _check_input(x: Tensor, weights: Sequence[PackedWeight]) -> None:
 
 
 def _check_residual(x: Tensor, weight: PackedWeight, residual: Tensor) -> None:
-    shape = (*x.shape[:-1], weight.outputs)
-    if weight.gated or residual.shape != shape or residual.dtype != x.dtype or not residual.is_cpu:
+    shape = (*x.shape[:-1], weight.n)
+    if weight.up or residual.shape != shape or residual.dtype != x.dtype or not residual.is_cpu:
         raise ConfigurationError(
             f"a residual is {x.dtype} {shape} for a layer without gate, "
             f"not {residual.dtype} {tuple(residual.shape)}"
@@ -293,13 +285,26 @@ def _check_residual(x: Tensor, weight: PackedWeight, residual: Tensor) -> None:
 
 @torch.library.custom_op("retort::packed_linear", mutates_args=())
 def _packed_linear_op(
-    x: Tensor, data: Tensor, bias: Tensor | None, n: int, gated: bool, residual: Tensor | None
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    n: int,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
-    return packed_linears(x, (PackedWeight(data, n, bias, gated),), residual)[0]
+    other = None if up is None else PackedWeight(up, n, up_bias)
+    return packed_linears(x, (PackedWeight(data, n, bias, other),), residual)[0]
 
 
 @_packed_linear_op.register_fake
 def _(
-    x: Tensor, data: Tensor, bias: Tensor | None, n: int, gated: bool, residual: Tensor | None
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    n: int,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n // 2 if gated else n))
+    return x.new_empty((*x.shape[:-1], n))

@@ -53,7 +53,7 @@ class PackedLinear(nn.Module):
     @property
     def out_features(self) -> int:
         """Outputs of the layer."""
-        return self.packed.outputs
+        return self.packed.n
 
     def refresh(self) -> None:
         """Pack the present weights again, after an optimiser or a loader changed them."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from retort.ops.linear import pack, packed_argmax, packed_linear, packed_linears, unpack
+from retort.ops.linear import gated, pack, packed_argmax, packed_linear, packed_linears, unpack
 
 SIZES = [(1, 1), (33, 7), (70, 129), (95, 512), (160, 1024)]
 PRECISIONS = ["float32", "bfloat16"]
@@ -40,11 +40,14 @@ def test_equals_a_float64_product_at_odd_sizes(isa, threads, n, k, precision):
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_gated_layers_equal_silu_gate_times_up(isa, threads, n, k, precision):
     torch.manual_seed(k)
-    weight = pack(torch.randn(n, k), up=torch.randn(n, k), precision=precision)
-    gate, up = unpack(weight).double().split(n)
+    gate = pack(torch.randn(n, k), torch.randn(n), precision=precision)
+    up = pack(torch.randn(n, k), None if n % 2 else torch.randn(n))
     x = torch.randn(19, k)
-    want = F.silu(x.double() @ gate.T) * (x.double() @ up.T)
-    assert close(packed_linear(x, weight), want, k)
+    one, two = (
+        x.double() @ unpack(w).double().T + (0 if w.bias is None else w.bias.double())
+        for w in (gate, up)
+    )
+    assert close(packed_linear(x, gated(gate, up)), F.silu(one) * two, k)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -52,10 +55,10 @@ def test_gated_layers_equal_silu_gate_times_up(isa, threads, n, k, precision):
 def test_a_row_has_the_same_bits_in_any_company(isa, threads, n, k, precision):
     torch.manual_seed(0)
     plain = pack(torch.randn(n, k), torch.randn(n), precision=precision)
-    gated = pack(torch.randn(n, k), up=torch.randn(n, k), precision=precision)
+    pair = gated(plain, pack(torch.randn(n, k), precision=precision))
     x = torch.randn(520, k)
     some = [*range(33), 127, 128, 300, 519]
-    for weight in (plain, gated):
+    for weight in (plain, pair):
         alone = torch.cat([packed_linear(x[i : i + 1], weight) for i in some])
         for m in (*range(2, 33), 128, 520):
             kept = [i for i in some if i < m]
@@ -67,11 +70,11 @@ def test_several_layers_in_one_call_have_the_bits_of_separate_calls(isa, threads
     weights = [
         pack(torch.randn(70, 40), torch.randn(70)),
         pack(torch.randn(33, 40).bfloat16().float()),
-        pack(torch.randn(50, 40), up=torch.randn(50, 40)),
+        gated(pack(torch.randn(50, 40)), pack(torch.randn(50, 40))),
     ]
     x = torch.randn(2, 9, 40)
     for got, weight in zip(packed_linears(x, weights), weights, strict=True):
-        assert got.shape == (2, 9, weight.outputs)
+        assert got.shape == (2, 9, weight.n)
         assert torch.equal(got, packed_linear(x, weight))
 
 

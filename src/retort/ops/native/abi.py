@@ -16,9 +16,9 @@ def _fields(**kinds: Any) -> Fields:
 
 
 class Linear(ctypes.Structure):
-    """A packed layer: weight and bias addresses, inputs, stored outputs, bf16, gated."""
+    """A packed layer: weight and bias addresses, inputs, outputs, bf16, the layer it gates."""
 
-    _fields_: ClassVar[Fields] = _fields(p="weight bias", i="k n", t="bf16 gated")
+    _fields_: ClassVar[Fields] = _fields(p="weight bias", i="k n bf16", p2="up")
 
 
 class LinearCall(ctypes.Structure):
@@ -59,12 +59,11 @@ class AttentionCall(ctypes.Structure):
 
 
 class NormCall(ctypes.Structure):
-    """RMSNorm of rows, with an optional residual sum before it."""
+    """RMSNorm of rows."""
 
     _fields_: ClassVar[Fields] = _fields(
-        p="x", i="ldx m n", p2="weight", f="eps offset", p3="residual", i2="ldr", p4="sum out",
-        t="threads",
-    )  # fmt: skip
+        p="x", i="ldx m n", p2="weight", f="eps offset", p3="out", t="threads"
+    )
 
 
 class RotaryCall(ctypes.Structure):
@@ -76,10 +75,23 @@ class RotaryCall(ctypes.Structure):
     )  # fmt: skip
 
 
-class GateCall(ctypes.Structure):
-    """SiLU(gate) * up."""
+class Decoder(ctypes.Structure):
+    """Weights, norms and heads of a decoder layer."""
 
-    _fields_: ClassVar[Fields] = _fields(p="gate up", i="count", p2="out", t="threads")
+    _fields_: ClassVar[Fields] = _fields(
+        p="query output gate down attention_norm mlp_norm query_norm key_norm",
+        f="attention_eps mlp_eps query_eps key_eps "
+        "attention_offset mlp_offset query_offset key_offset",
+        p2="heads",
+    )
+
+
+class DecoderCall(ctypes.Structure):
+    """One decoder layer of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="layer rows key_rows value_rows cos sin", i="rotated total", p2="x out", t="threads"
+    )
 
 
 CALLS = {
@@ -88,7 +100,7 @@ CALLS = {
     "retort_attention": AttentionCall,
     "retort_norm": NormCall,
     "retort_rotary": RotaryCall,
-    "retort_gate": GateCall,
+    "retort_decoder": DecoderCall,
 }
 
 

@@ -6,12 +6,11 @@ extern "C" {
 
 // A linear layer packed in panels of 32 outputs, [ceil(n / 32)][k][32], spare outputs zero.
 // bf16 panels interleave outputs j and 16 + j, so that one 32-bit lane holds both.
-// A gated layer has gate outputs in columns 0..15 and up outputs in 16..31 of each panel.
 struct RetortLinear {
   const void* weight;
-  const float* bias;  // n values, or null; never with `gated`
-  int64_t k, n;       // n counts the stored outputs; a gated layer returns n / 2
-  int32_t bf16, gated;
+  const float* bias;  // [n], or null
+  int64_t k, n, bf16;
+  const RetortLinear* up;  // same k and n: the result is silu(this) * up; or null
 };
 
 // Several layers of one input, computed in one parallel region.
@@ -75,9 +74,7 @@ struct RetortNormCall {
   int64_t ldx, m, n;
   const float* weight;  // [n]
   float eps, offset;    // result x / rms * (offset + weight)
-  const float* residual;  // added to x first, or null; the sum goes to `sum`
-  int64_t ldr;
-  float *sum, *out;  // [m, n]
+  float* out;           // [m, n]
   int32_t threads;
 };
 
@@ -90,10 +87,25 @@ struct RetortRotaryCall {
   int32_t threads;
 };
 
-struct RetortGateCall {
-  const float *gate, *up;
-  int64_t count;
-  float* out;
+// A decoder layer of the Llama family: norm, attention, residual, norm, gated MLP, residual.
+struct RetortDecoder {
+  const RetortLinear *query, *output, *gate, *down;  // query: three layers, query, key and value
+  const float *attention_norm, *mlp_norm;            // [hidden]
+  const float *query_norm, *key_norm;                // [key_width], or null
+  float attention_eps, mlp_eps, query_eps, key_eps;
+  float attention_offset, mlp_offset, query_offset, key_offset;
+  const RetortHeads* heads;
+};
+
+struct RetortDecoderCall {
+  const RetortDecoder* layer;
+  const RetortRows* rows;
+  float* const* key_rows;
+  float* const* value_rows;
+  const float *cos, *sin;  // [total, rotated]
+  int64_t rotated, total;
+  const float* x;  // [total, hidden]
+  float* out;      // [total, hidden]
   int32_t threads;
 };
 
@@ -103,6 +115,6 @@ struct RetortKernels {
   void (*attention)(const RetortAttentionCall*);
   void (*norm)(const RetortNormCall*);
   void (*rotary)(const RetortRotaryCall*);
-  void (*gate)(const RetortGateCall*);
+  void (*decoder)(const RetortDecoderCall*);
 };
 }

@@ -235,27 +235,39 @@ static Task find_task(const RetortAttentionCall* c, int64_t id) {
   return {row, id % c->heads->kv_heads, first, least(CHUNK, rows->counts[row] - first)};
 }
 
-static void attention(const RetortAttentionCall* c) {
-  const int64_t group = c->heads->heads / c->heads->kv_heads;
-  int64_t tasks = 0, longest = 0, next = 0;
-  for (int64_t r = 0; r < c->rows->rows; r++) {
+INLINE int64_t count_tasks(const RetortAttentionCall* c) {
+  int64_t tasks = 0;
+  for (int64_t r = 0; r < c->rows->rows; r++)
     tasks += c->heads->kv_heads * ceil_div(c->rows->counts[r], CHUNK);
+  return tasks;
+}
+
+// What one thread of a team does, once all new keys and values are in the buffers; `next` is the
+// team's counter of tasks taken.
+static void attention_part(const RetortAttentionCall* c, int64_t* next) {
+  const int64_t tasks = count_tasks(c), group = c->heads->heads / c->heads->kv_heads;
+  int64_t longest = 0;
+  for (int64_t r = 0; r < c->rows->rows; r++)
     longest = most(longest, least(CHUNK, c->rows->counts[r]));
+  const int64_t lda = ceil_div(c->heads->value_width, W) * W, queries = group * longest;
+  void* memory = aligned_alloc(64, ceil_div(queries * (sizeof(Softmax) + 4 * lda), 64) * 64);
+  const Scratch w = {(Softmax*)memory, (float*)((Softmax*)memory + queries), lda};
+  for (;;) {
+    const int64_t id = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    if (id >= tasks) break;
+    attend(c, find_task(c, id), w);
   }
-  run_team((int)least(c->threads, tasks), [&](const Team& team) {
+  free(memory);
+}
+
+static void attention(const RetortAttentionCall* c) {
+  int64_t next = 0;
+  run_team((int)least(c->threads, count_tasks(c)), [&](const Team& team) {
     if (c->k) {
       append_rows(c, team);
       team.barrier();
     }
-    const int64_t lda = ceil_div(c->heads->value_width, W) * W, queries = group * longest;
-    void* memory = aligned_alloc(64, ceil_div(queries * (sizeof(Softmax) + 4 * lda), 64) * 64);
-    Scratch w = {(Softmax*)memory, (float*)((Softmax*)memory + queries), lda};
-    for (;;) {
-      const int64_t id = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (id >= tasks) break;
-      attend(c, find_task(c, id), w);
-    }
-    free(memory);
+    attention_part(c, &next);
   });
 }
 

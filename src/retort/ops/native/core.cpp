@@ -56,7 +56,7 @@ EXPORT void retort_linear(const RetortLinearCall* call) { chosen->linear(call); 
 // retort_linear for one layer and dense rows, without structures to fill in.
 EXPORT void retort_linear_dense(const RetortLinear* layer, const float* x, int64_t m, float* out,
                                 const float* residual, int32_t threads) {
-  const int64_t n = layer->gated ? layer->n / 2 : layer->n;
+  const int64_t n = layer->n;
   const RetortLinearCall call = {layer, 1, x, layer->k, m, &out, &n, residual, n, threads};
   chosen->linear(&call);
 }
@@ -64,5 +64,5 @@ EXPORT void retort_argmax(const RetortArgmaxCall* call) { chosen->argmax(call); 
 EXPORT void retort_attention(const RetortAttentionCall* call) { chosen->attention(call); }
 EXPORT void retort_norm(const RetortNormCall* call) { chosen->norm(call); }
 EXPORT void retort_rotary(const RetortRotaryCall* call) { chosen->rotary(call); }
-EXPORT void retort_gate(const RetortGateCall* call) { chosen->gate(call); }
+EXPORT void retort_decoder(const RetortDecoderCall* call) { chosen->decoder(call); }
 }

@@ -1,4 +1,4 @@
-// Single passes over rows: RMSNorm (with the residual sum before it), rotary positions, SiLU gates.
+// Single passes over rows: RMSNorm and rotary positions.
 #pragma once
 #include <math.h>
 
@@ -31,66 +31,49 @@ INLINE float square_sum(const float* x, int64_t n) {
   return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
-INLINE void norm_row(const RetortNormCall* c, int64_t row) {
-  const int64_t n = c->n;
-  const float* x = c->x + row * c->ldx;
-  float* out = c->out + row * n;
-  if (c->residual) {
-    float* total = c->sum + row * n;
-    for (int64_t i = 0; i < n; i++) total[i] = x[i] + c->residual[row * c->ldr + i];
-    x = total;
-  }
-  const float scale = 1.f / __builtin_sqrtf(square_sum(x, n) / (float)n + c->eps);
+// x / rms(x) * (offset + weight); `out` may be `x`.
+INLINE void norm_row(const float* x, const float* weight, int64_t n, float eps, float offset,
+                     float* out) {
+  const float scale = 1.f / __builtin_sqrtf(square_sum(x, n) / (float)n + eps);
   int64_t i = 0;
   for (; i + W <= n; i += W)
-    store(out + i, (splat(c->offset) + load(c->weight + i)) * (load(x + i) * splat(scale)));
-  for (; i < n; i++) out[i] = (c->offset + c->weight[i]) * (x[i] * scale);
+    store(out + i, (splat(offset) + load(weight + i)) * (load(x + i) * splat(scale)));
+  for (; i < n; i++) out[i] = (offset + weight[i]) * (x[i] * scale);
 }
 
 static void norm(const RetortNormCall* c) {
   run_team(useful_threads(c->threads, c->m * c->n), [&](const Team& team) {
-    for (int64_t r = team.begin(c->m); r < team.end(c->m); r++) norm_row(c, r);
+    for (int64_t r = team.begin(c->m); r < team.end(c->m); r++)
+      norm_row(c->x + r * c->ldx, c->weight, c->n, c->eps, c->offset, c->out + r * c->n);
   });
 }
 
-// x cos + rotate_half(x) sin: pairs (i, i + rotated / 2) of each head; the rest is copied.
-static void rotary_token(const RetortRotaryCall* c, int64_t token) {
-  const int64_t half = c->rotated / 2;
-  const float *cs = c->cos + token * c->rotated, *sn = c->sin + token * c->rotated;
-  for (int64_t h = 0; h < c->heads; h++) {
-    const float* x = c->x + token * c->x_token + h * c->x_head;
-    float* out = c->out + (token * c->heads + h) * c->width;
-    int64_t i = 0;
-    for (; i + W <= half; i += W) {
-      const vf a = load(x + i), b = load(x + half + i);
-      store(out + i, a * load(cs + i) - b * load(sn + i));
-      store(out + half + i, b * load(cs + half + i) + a * load(sn + half + i));
-    }
-    for (; i < half; i++) {
-      const float a = x[i], b = x[half + i];
-      out[i] = a * cs[i] - b * sn[i];
-      out[half + i] = b * cs[half + i] + a * sn[half + i];
-    }
-    for (i = c->rotated; i < c->width; i++) out[i] = x[i];
+// x cos + rotate_half(x) sin of one head: pairs (i, i + rotated / 2); the rest is copied. `out` may
+// be `x`.
+INLINE void rotate_head(const float* x, const float* cs, const float* sn, int64_t rotated,
+                        int64_t width, float* out) {
+  const int64_t half = rotated / 2;
+  int64_t i = 0;
+  for (; i + W <= half; i += W) {
+    const vf a = load(x + i), b = load(x + half + i);
+    store(out + i, a * load(cs + i) - b * load(sn + i));
+    store(out + half + i, b * load(cs + half + i) + a * load(sn + half + i));
   }
+  for (; i < half; i++) {
+    const float a = x[i], b = x[half + i];
+    out[i] = a * cs[i] - b * sn[i];
+    out[half + i] = b * cs[half + i] + a * sn[half + i];
+  }
+  if (out != x && rotated < width) memcpy(out + rotated, x + rotated, 4 * (width - rotated));
 }
 
 static void rotary(const RetortRotaryCall* c) {
   run_team(useful_threads(c->threads, c->total * c->heads * c->width), [&](const Team& team) {
-    for (int64_t t = team.begin(c->total); t < team.end(c->total); t++) rotary_token(c, t);
-  });
-}
-
-static void gate(const RetortGateCall* c) {
-  run_team(useful_threads(c->threads, c->count), [&](const Team& team) {
-    const int64_t blocks = ceil_div(c->count, W);
-    for (int64_t b = team.begin(blocks); b < team.end(blocks); b++) {
-      const int64_t i = b * W, n = c->count - i;
-      if (n >= W)
-        store(c->out + i, silu(load(c->gate + i)) * load(c->up + i));
-      else
-        store_part(c->out + i, silu(load_part(c->gate + i, n)) * load_part(c->up + i, n), n);
-    }
+    for (int64_t t = team.begin(c->total); t < team.end(c->total); t++)
+      for (int64_t h = 0; h < c->heads; h++)
+        rotate_head(c->x + t * c->x_token + h * c->x_head, c->cos + t * c->rotated,
+                    c->sin + t * c->rotated, c->rotated, c->width,
+                    c->out + (t * c->heads + h) * c->width);
   });
 }
 

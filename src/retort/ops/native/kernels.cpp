@@ -1,7 +1,5 @@
 // All kernels for one instruction set: compiled once for each, with RETORT_ISA as its name.
-#include "attention.h"
-#include "elementwise.h"
-#include "linear.h"
+#include "decoder.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -9,7 +7,7 @@
 extern "C" const RetortKernels* JOIN(retort_kernels_, RETORT_ISA)() {
   static const RetortKernels kernels = {
       RETORT_ISA::linear, RETORT_ISA::argmax, RETORT_ISA::attention,
-      RETORT_ISA::norm,   RETORT_ISA::rotary, RETORT_ISA::gate,
+      RETORT_ISA::norm,   RETORT_ISA::rotary, RETORT_ISA::decoder,
   };
   return &kernels;
 }

@@ -32,10 +32,11 @@ struct BF16 {
   }
 };
 
-// Where the weights of the next steps lie: `step` bytes more for every k.
+// Where the weights to fetch now lie: `step` bytes more for every k, from k = turn on at `then`.
 struct Ahead {
   const char* at;
-  int64_t step;
+  int64_t step, turn;
+  const char* then;
 };
 
 // R rows by NG groups of one panel into buf[R][32].
@@ -50,6 +51,7 @@ INLINE void tile_groups(const float* x, int64_t ldx, const typename T::type* w, 
   const char* at = ahead.at;
   const bool wide = ahead.step > 64;
   for (int64_t i = 0; i < k; i++, w += PANEL, at += ahead.step) {
+    if (i == ahead.turn) at = ahead.then;
     prefetch(at);
     if (wide) prefetch(at + 64);
     vf b[2 * NG];
@@ -95,21 +97,42 @@ static Tile choose_tile(int rows) {
 struct Panel {
   const RetortLinear* layer;
   int64_t segment, column;
-  const char* weight;
-  int64_t step;  // bytes a k
 };
 
 INLINE Panel find_panel(const RetortLinear* layers, int64_t id) {
   int64_t s = 0;
   for (; id >= ceil_div(layers[s].n, PANEL); s++) id -= ceil_div(layers[s].n, PANEL);
-  const int64_t step = PANEL * (layers[s].bf16 ? 2 : 4);
-  return {layers + s, s, id * PANEL, (const char*)layers[s].weight + id * layers[s].k * step, step};
+  return {layers + s, s, id * PANEL};
+}
+
+INLINE int64_t step_bytes(const RetortLinear* l) { return PANEL * (l->bf16 ? 2 : 4); }
+INLINE const char* panel_weight(const RetortLinear* l, int64_t column) {
+  return (const char*)l->weight + column * l->k * (l->bf16 ? 2 : 4);
 }
 
 INLINE int64_t count_panels(const RetortLinear* layers, int64_t count) {
   int64_t n = 0;
   for (int64_t s = 0; s < count; s++) n += ceil_div(layers[s].n, PANEL);
   return n;
+}
+
+// A run of rows of a block: tile `index` of `count`.
+struct Rows {
+  const float* x;
+  int64_t ld, n, index, count;
+};
+
+// One tile of one panel. A single tile fetches its own panel ahead and turns to the next one at the
+// end; several tiles each fetch a part of the next panel.
+INLINE void run_tile(const RetortLinear* l, int64_t column, const char* next, const Rows& rows,
+                     float* buf) {
+  const int64_t step = step_bytes(l), far = l->bf16 ? BF16::AHEAD : F32::AHEAD;
+  const char* w = panel_weight(l, column);
+  Ahead ahead = {w + far * step, step, most(0, l->k - far), next};
+  if (rows.count > 1)
+    ahead = {next + step * (l->k * rows.index / rows.count), step / rows.count, -1, nullptr};
+  (l->bf16 ? choose_tile<BF16>(rows.n) : choose_tile<F32>(rows.n))(rows.x, rows.ld, w, l->k, ahead,
+                                                                  buf);
 }
 
 // Input rows, copied where their distance would put all rows of a tile into the same cache sets.
@@ -127,7 +150,8 @@ struct Input {
   ~Input() { free(copy); }
 };
 
-// Calls emit(panel, first row, rows, buf[rows][32]) for this thread's panels and all rows.
+// Calls emit(panel, first row, rows, buf[rows][32], up[rows][32]) for this thread's panels and all
+// rows; `up` is filled for gated layers.
 template <class Emit>
 static void sweep(const RetortLinear* layers, int64_t count, const float* x, int64_t ldx, int64_t m,
                   const Team& team, const Emit& emit) {
@@ -135,7 +159,7 @@ static void sweep(const RetortLinear* layers, int64_t count, const float* x, int
   const int64_t lo = team.begin(panels), hi = team.end(panels);
   const int64_t fit = most(2, BLOCK_BYTES / (4 * ROWS * k)) * ROWS;
   const int64_t block = ceil_div(m, ceil_div(m, fit));
-  alignas(64) float buf[ROWS * PANEL];
+  alignas(64) float buf[ROWS * PANEL], up[ROWS * PANEL];
   if (lo == hi) return;
   for (int64_t first = 0; first < m; first += block) {
     const int64_t rows = least(block, m - first), tiles = ceil_div(rows, ROWS);
@@ -143,14 +167,16 @@ static void sweep(const RetortLinear* layers, int64_t count, const float* x, int
     for (int64_t id = lo; id < hi; id++) {
       const Panel p = find_panel(layers, id);
       const Panel next = id + 1 < hi ? find_panel(layers, id + 1) : p;
+      const char* after = panel_weight(next.layer, next.column);
+      const RetortLinear* pair = p.layer->up;
+      const char* after_up = pair ? panel_weight(pair, next.column) : nullptr;
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t r = rows * t / tiles, n = rows * (t + 1) / tiles - r;
-        const int64_t far = p.layer->bf16 ? BF16::AHEAD : F32::AHEAD;
-        Ahead ahead = {p.weight + far * p.step, p.step};
-        if (tiles > 1) ahead = {next.weight + next.step * (k * t / tiles), next.step / tiles};
-        (p.layer->bf16 ? choose_tile<BF16>(n) : choose_tile<F32>(n))(in.x + r * in.ld, in.ld,
-                                                                     p.weight, k, ahead, buf);
-        emit(p, first + r, n, buf);
+        const Rows run = {in.x + r * in.ld, in.ld, n, t, tiles};
+        const bool alone = tiles == 1;
+        run_tile(p.layer, p.column, pair && alone ? panel_weight(pair, p.column) : after, run, buf);
+        if (pair) run_tile(pair, p.column, alone ? after : after_up, run, up);
+        emit(p, first + r, n, buf, up);
       }
     }
   }
@@ -181,29 +207,38 @@ static void put_plain(const RetortLinearCall* c, const Panel& p, int64_t row, in
   }
 }
 
-// silu(gate) * up of a gated panel into 16 columns of out.
+// silu(gate + bias) * (up + bias) of a gated panel; overwrites the gate's buffer.
 static void put_gated(const RetortLinearCall* c, const Panel& p, int64_t row, int64_t rows,
-                      const float* buf) {
-  const int64_t n = least(PANEL, p.layer->n - p.column) / 2, ldo = c->ldo[p.segment];
-  for (int64_t r = 0; r < rows; r++, buf += PANEL) {
-    float* out = c->out[p.segment] + (row + r) * ldo + p.column / 2;
+                      float* gate, const float* up) {
+  const RetortLinear *a = p.layer, *b = p.layer->up;
+  const int64_t n = least(PANEL, a->n - p.column), ldo = c->ldo[p.segment];
+  for (int64_t r = 0; r < rows; r++, gate += PANEL, up += PANEL) {
+    float* out = c->out[p.segment] + (row + r) * ldo + p.column;
     for (int64_t i = 0; i < n; i += W) {
-      const vf v = silu(load(buf + i)) * load(buf + 16 + i);
-      if (i + W <= n)
-        store(out + i, v);
-      else
-        store_part(out + i, v, n - i);
+      const int64_t part = least(W, n - i);
+      vf g = load(gate + i), u = load(up + i);
+      if (a->bias) g = g + load_part(a->bias + p.column + i, part);
+      if (b->bias) u = u + load_part(b->bias + p.column + i, part);
+      store(gate + i, silu(g) * u);
     }
+    memcpy(out, gate, sizeof(float) * n);
   }
 }
 
+// What one thread of a team does of a call.
+static void linear_part(const RetortLinearCall* c, const Team& team) {
+  sweep(c->layers, c->count, c->x, c->ldx, c->m, team,
+        [&](const Panel& p, int64_t row, int64_t rows, float* buf, const float* up) {
+          if (p.layer->up)
+            put_gated(c, p, row, rows, buf, up);
+          else
+            put_plain(c, p, row, rows, buf);
+        });
+}
+
 static void linear(const RetortLinearCall* c) {
-  run_team((int)least(c->threads, count_panels(c->layers, c->count)), [&](const Team& team) {
-    sweep(c->layers, c->count, c->x, c->ldx, c->m, team,
-          [&](const Panel& p, int64_t row, int64_t rows, const float* buf) {
-            (p.layer->gated ? put_gated : put_plain)(c, p, row, rows, buf);
-          });
-  });
+  run_team((int)least(c->threads, count_panels(c->layers, c->count)),
+           [&](const Team& team) { linear_part(c, team); });
 }
 
 struct Best {
@@ -221,7 +256,7 @@ static void argmax(const RetortArgmaxCall* c) {
   run_team(threads, [&](const Team& team) {
     Best* mine = best + team.rank * c->m;
     sweep(layer, 1, c->x, c->ldx, c->m, team,
-          [&](const Panel& p, int64_t row, int64_t rows, const float* buf) {
+          [&](const Panel& p, int64_t row, int64_t rows, const float* buf, const float*) {
             const int64_t n = least(PANEL, layer->n - p.column);
             for (int64_t r = 0; r < rows; r++, buf += PANEL) {
               Best b = mine[row + r];
