@@ -1,6 +1,7 @@
 """Shared fixtures: the real model, and data that lies beside the repository where it is at hand."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,19 @@ def tiny_llama(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def cpu_seconds():
+    """Processor seconds of the children in a call; unlike wall time, fair on a busy machine."""
+
+    def measure(call) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        call()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    return measure
 
 
 @pytest.fixture
