@@ -154,6 +154,15 @@ def test_no_config(folder):
     refused(folder, "has no config.json")
 
 
+def test_config_loads_without_weights_being_read(folder, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
+    assert zoo.load_config(folder).num_hidden_layers == 2
+    change_config(folder, model_type="no_such_type")
+    with pytest.raises(RetortError, match="no_such_type") as caught:
+        zoo.load_config(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_no_tokenizer(folder):
     with pytest.raises(RetortError, match="cannot load the tokenizer") as caught:
         zoo.load_tokenizer(folder)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from retort.errors import ConfigurationError, RetortError
 from retort.manifest import MANIFEST, first_fault
@@ -67,6 +67,20 @@ def load_model(
             f"{missing[0]} among them; it belongs to another architecture or was cut short"
         )
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def load_config(where: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load the configuration at ``where`` alone, to refuse a model before its weights are read.
+
+    Raises:
+        RetortError: as `load_model`.
+    """
+    try:
+        return AutoConfig.from_pretrained(checked(where), trust_remote_code=trust_remote_code)
+    except RetortError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RetortError(f"cannot load the config of {where!r}: {_one_line(error)}") from error
 
 
 def load_tokenizer(where: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

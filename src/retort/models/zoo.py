@@ -21,7 +21,7 @@ from retort.manifest import first_fault
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
 
@@ -133,6 +133,15 @@ def load_model(
     from retort.models import loader
 
     return loader.load_model(locate(name_or_path), dtype, device, trust_remote_code, **keywords)
+
+
+def load_config(
+    name_or_path: str | os.PathLike[str], trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Load a model's configuration and no weight; see `retort.models.loader.load_config`."""
+    from retort.models import loader
+
+    return loader.load_config(locate(name_or_path), trust_remote_code)
 
 
 def load_tokenizer(
