@@ -45,9 +45,11 @@ def demo(
         _check_ours(folder)
         shutil.rmtree(folder)
     from retort.cli.demo_stages import FULL, QUICK, Demo
+    from retort.cli.progress import quiet_libraries
 
     try:
-        report = Demo(folder, model, QUICK if quick else FULL).run()
+        with quiet_libraries():
+            report = Demo(folder, model, QUICK if quick else FULL).run()
     except KeyboardInterrupt:
         say(f"\nStopped. The same command goes on from what {folder} holds.")
         raise typer.Exit(130) from None

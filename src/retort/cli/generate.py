@@ -178,9 +178,8 @@ def _write(rows: Rows, output: Path, given: dict[str, Any]) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import Progress
+    from retort.cli.progress import bar
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with bar() as progress:
         task = progress.add_task("Generating", total=total)
         yield lambda count: progress.advance(task, count)

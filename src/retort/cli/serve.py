@@ -1,0 +1,136 @@
+"""``retort serve``: an OpenAI-compatible server on the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retort.cli.generate import parse_budget
+from retort.cli.output import say
+from retort.errors import ConfigurationError
+
+_NEEDS = ("starlette", "uvicorn", "httptools", "msgspec", "prometheus_client")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb of this file."""
+    app.command("serve")(serve)
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A zoo name, a folder or a hub id.")],
+    drafter: Annotated[
+        str | None, typer.Option(help="prompt-lookup, or a model's name or folder.")
+    ] = None,
+    draft_budget: Annotated[
+        str, typer.Option(help="auto, or a fixed number of draft tokens a row.")
+    ] = "auto",
+    host: Annotated[str, typer.Option(help="Address; others reach it only if you say so.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="RETORT_API_KEY", help="Let in only clients with it; may repeat."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Keys from a file, one a line: not seen in `ps`.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name for clients; may repeat. Default: MODEL.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Rows that decode at once.")] = 16,
+    max_num_queued_reqs: Annotated[
+        int, typer.Option(min=0, help="Rows that may wait; more are told to retry.")
+    ] = 256,
+    max_queued_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of all rows let in.")
+    ] = None,
+    max_cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of all running rows.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Longest prompt with its completion.")
+    ] = None,
+    max_prefill_tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens read in one step beside decoding rows.")
+    ] = 128,
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request.")] = 600.0,
+    send_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until a client that reads nothing is cut off.")
+    ] = 30.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds for running requests after SIGTERM.")
+    ] = 30.0,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file in place of the tokenizer's template.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    cpu_backend: Annotated[str, typer.Option(help="auto, native or torch.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings.")
+    ] = False,
+) -> None:
+    """Serve a model to OpenAI clients, with a playground at /.
+
+    Examples:
+
+        retort serve smollm2-135m-instruct --drafter prompt-lookup
+
+        RETORT_API_KEY=secret retort serve ./model --host 0.0.0.0 --port 8080
+    """
+    given = dict(locals())
+    _check_installed()
+    from retort.serve.client import Limits
+    from retort.serve.messages import Configure
+    from retort.serve.server import ServeOptions
+    from retort.serve.server import serve as run
+
+    engine = {name: given[name] for name in Configure.__struct_fields__ if name in given}
+    limits = {name: given[name] for name in Limits.__dataclass_fields__}
+    options = ServeOptions(
+        Configure(**{**engine, "draft_budget": parse_budget(draft_budget)}),
+        host=host,
+        port=port,
+        names=served_model_name or [model],
+        api_keys=[*(api_key or []), *_keys(api_key_file)],
+        chat_template=None if chat_template is None else _read(chat_template, "--chat-template"),
+        limits=Limits(**limits),
+        request_timeout=request_timeout,
+        send_timeout=send_timeout,
+        shutdown_timeout=shutdown_timeout,
+    )
+    if max_cache_tokens and max_model_len and max_cache_tokens < max_model_len:
+        raise ConfigurationError("--max-cache-tokens must be at least --max-model-len")
+    code = run(options, say)
+    raise typer.Exit(code)
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in _NEEDS if find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(
+            f"serving needs {', '.join(missing)}: pip install 'retort-lm[serve]'"
+        )
+
+
+def _keys(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    keys = [line.strip() for line in _read(path, "--api-key-file").splitlines() if line.strip()]
+    if not keys:
+        raise ConfigurationError(f"--api-key-file {path} holds no key")
+    return keys
+
+
+def _read(path: Path, flag: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigurationError(f"{flag} {path}: {reason}") from None
