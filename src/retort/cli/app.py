@@ -22,7 +22,7 @@ def command() -> Any:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for module in (demo, models, generate, serve, distill, env):
+    for module in (demo, models, generate, serve, distill, report, env):
         module.add_to(app)
     return typer.main.get_command(app)
 
