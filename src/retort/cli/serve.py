@@ -95,7 +95,7 @@ def serve(
         Configure(**{**engine, "draft_budget": parse_budget(draft_budget)}),
         host=host,
         port=port,
-        names=served_model_name or [model],
+        names=served_model_name or [Path(model).name if Path(model).is_dir() else model],
         api_keys=[*(api_key or []), *_keys(api_key_file)],
         chat_template=None if chat_template is None else _read(chat_template, "--chat-template"),
         limits=Limits(**limits),
