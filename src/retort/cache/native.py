@@ -25,11 +25,14 @@ class NativeAttentionRowCache(AttentionRowCache):
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple:
         """Remember the new keys and values; `attend` stores them where it reads them."""
         self._new = keys, values
-        for row in self._active().rows:
-            if layer_idx not in self._buffers[row]:
-                self._generation += 1
-                self._buffer(row, layer_idx, keys)
+        self._open_layer(layer_idx, keys)
         return keys, values
+
+    def places(self, layer_idx: int, kv_heads: int, width: int) -> tuple[RaggedLayout, RowBuffers]:
+        """The pass and the buffers of a layer that appends and attends by itself."""
+        assert self._ragged is not None
+        self._open_layer(layer_idx, torch.empty(1, kv_heads, 0, width))
+        return self._ragged, self._row_buffers(layer_idx)
 
     def attend(self, layer_idx: int, query: Tensor, value_dim: int, **options: Any) -> Tensor:
         """Append, then attention of packed queries ``[1, heads, total, head_dim]``."""
@@ -58,6 +61,13 @@ class NativeAttentionRowCache(AttentionRowCache):
         self._generation += 1
         self._pointers.clear()
         super()._close(row)
+
+    def _open_layer(self, layer_idx: int, like: Tensor) -> None:
+        """Give rows that are new to a layer a buffer in it."""
+        for row in self._active().rows:
+            if layer_idx not in self._buffers[row]:
+                self._generation += 1
+                self._buffer(row, layer_idx, like)
 
     def _row_buffers(self, layer_idx: int) -> RowBuffers:
         """Addresses of a layer's buffers, made anew only when a row joined, left or grew."""

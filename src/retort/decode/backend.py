@@ -6,6 +6,7 @@ from typing import Any
 
 from retort.cache.attention import AttentionRowCache
 from retort.cache.native import NativeAttentionRowCache, serves
+from retort.decode.fusion import FusedLayers, Inference
 from retort.errors import ConfigurationError
 from retort.ops import native
 from retort.ops.packing import PackedLinears, pack_linears
@@ -44,6 +45,7 @@ class Backend:
     def __init__(self, model: Any, cpu_backend: str, release: bool = False) -> None:
         self.name = resolve(cpu_backend, model)
         self._linears: PackedLinears | None = None
+        self._layers: FusedLayers | None = None
         if self.name == "native":
             self._linears = pack_linears(model, release=release)
 
@@ -51,13 +53,23 @@ class Backend:
         """An empty attention cache for this arithmetic."""
         return NativeAttentionRowCache() if self.name == "native" else AttentionRowCache()
 
+    def fuse(self, model: Any, inference: Inference) -> None:
+        """Run decoder layers that the core knows as one call each; see `retort.decode.fusion`."""
+        if self.name == "native":
+            self._layers = FusedLayers(model, inference)
+
     def refresh(self) -> None:
         """Pack the model's present weights again, after a training step."""
         if self._linears is not None:
             self._linears.refresh()
+        if self._layers is not None:
+            self._layers.refresh()
 
     def close(self) -> None:
-        """Put the model's own linear layers back."""
+        """Put the model's own layers back."""
+        if self._layers is not None:
+            self._layers.restore()
+            self._layers = None
         if self._linears is not None:
             self._linears.restore()
             self._linears = None

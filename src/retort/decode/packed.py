@@ -108,6 +108,7 @@ class PackedModel:
     def _new_cache(self, tape: str, max_draft: int) -> RowCache:
         if hasattr(self.model, "new_row_cache"):
             return self.model.new_row_cache(tape=tape, max_draft=max_draft)
+        self.backend.fuse(self.model, _inference)
         return self.backend.attention_cache()
 
     def _count(self, tokens: int) -> None:
