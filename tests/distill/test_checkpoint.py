@@ -54,8 +54,14 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage, caplog):
 
 def test_a_failed_save_leaves_nothing_and_the_older_one(tmp_path):
     publish(tmp_path, 1)
-    with pytest.raises(FileNotFoundError), checkpoint.staging(tmp_path) as place:
-        checkpoint.publish(place / "checkpoint-2", tmp_path / "checkpoint-2")
+
+    def failing():
+        with checkpoint.staging(tmp_path) as place:
+            (place / "checkpoint-2").mkdir()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        failing()
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 

@@ -106,6 +106,18 @@ def test_bad_rows_are_named_in_one_line(rows, message):
     assert "\n" not in str(caught.value)
 
 
+def test_rows_with_long_prompts_are_left_out_on_request(caplog):
+    rows = [
+        {"prompt": "x", "completion": "y"},
+        {"prompt": "x" * 64, "completion": "y"},
+        {"prompt": "z", "completion": "y"},
+    ]
+    made = tokenize(rows, encoding(skip_long_prompts=True))
+    assert made["index"][:] == [0, 2] and "1 of 3 rows left out" in caplog.text
+    with pytest.raises(ConfigurationError, match="every prompt is longer"):
+        tokenize(rows[1:2], encoding(skip_long_prompts=True))
+
+
 def test_chat_without_a_template_says_so():
     with pytest.raises(ConfigurationError, match="chat template"):
         tokenize(

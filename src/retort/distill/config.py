@@ -76,6 +76,9 @@ class DistillConfig(TrainingArguments):
     max_train_rows: int | None = _say(None, "Train on the first rows only.")
     max_eval_rows: int | None = _say(None, "Evaluate on the first rows only.")
     dataset_num_proc: int | None = _say(None, "Processes that tokenise.")
+    skip_long_prompts: bool = _say(
+        False, "Leave out rows whose prompt leaves no room in max_length, instead of refusing them."
+    )
     as_chat: bool = _say(False, "Wrap prompts that are plain text as a user's chat message.")
     max_length: int = _say(
         1024, "Most tokens of prompt + completion; longer completions are cut, prompts refused."

@@ -9,6 +9,7 @@ ids. A completion ends with its first end-of-sequence token, which is learned li
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from retort.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("messages", "prompt", "completion", "reference")
 """Columns that are read; all others are ignored."""
@@ -42,6 +45,7 @@ class Encoding:
         max_length: longest prompt + completion; a longer completion loses its end.
         completion: whether rows need a completion.
         as_chat: wrap a text prompt as a user's message.
+        skip_long_prompts: leave out rows whose prompt leaves no room.
         origin: name of the data in errors.
     """
 
@@ -50,6 +54,7 @@ class Encoding:
     max_length: int = 1024
     completion: bool = True
     as_chat: bool = False
+    skip_long_prompts: bool = False
     origin: str = field(default="the dataset", compare=False)
 
 
@@ -72,7 +77,8 @@ def tokenize(rows: Any, encoding: Encoding, num_proc: int | None = None) -> Data
     """Columns ``index``, ``prompt_ids`` and ``completion_ids`` of a `Dataset` or a list of rows.
 
     Raises ConfigurationError for missing columns, and naming row (counted from 1) and column for
-    an empty or missing value, or a prompt that leaves no room within ``max_length``.
+    an empty or missing value, or a prompt that leaves no room within ``max_length`` (with
+    `skip_long_prompts` such rows are left out, and counted in a warning).
     """
     from datasets import Dataset
 
@@ -81,13 +87,14 @@ def tokenize(rows: Any, encoding: Encoding, num_proc: int | None = None) -> Data
     if not isinstance(rows, Dataset):
         rows = Dataset.from_list([{k: row[k] for k in COLUMNS if k in row} for row in rows])
     _check_columns(rows.column_names, encoding)
-    return rows.map(
+    made = rows.map(
         lambda row, index: _encoded(row, index, encoding),
         with_indices=True,
         remove_columns=rows.column_names,
         num_proc=num_proc,
         load_from_cache_file=False,  # a cache keyed by a tokenizer's pickle is seldom hit
     )
+    return _without_skipped(made, encoding) if encoding.skip_long_prompts else made
 
 
 def collate(features: Sequence[dict[str, Any]]) -> dict[str, list[Example]]:
@@ -189,12 +196,26 @@ def _encoded(row: dict[str, Any], index: int, encoding: Encoding) -> dict[str, A
     if encoding.completion and not completion_ids:
         raise ConfigurationError(f"{where}: column {column!r} is empty")
     room = encoding.max_length - len(prompt_ids)
+    if room < 1 and encoding.skip_long_prompts:
+        return {"index": index, "prompt_ids": [], "completion_ids": []}
     if not prompt_ids or room < 1:
         raise ConfigurationError(
             f"{where}: the prompt has {len(prompt_ids)} tokens and max_length is "
-            f"{encoding.max_length}: shorten it or raise max_length"
+            f"{encoding.max_length}: shorten it, raise max_length, or set skip_long_prompts"
         )
     return {"index": index, "prompt_ids": prompt_ids, "completion_ids": completion_ids[:room]}
+
+
+def _without_skipped(rows: Dataset, encoding: Encoding) -> Dataset:
+    kept = [i for i, ids in enumerate(rows["prompt_ids"]) if ids]
+    if not kept:
+        raise ConfigurationError(
+            f"{encoding.origin}: every prompt is longer than max_length={encoding.max_length}"
+        )
+    if len(kept) < len(rows):
+        count = len(rows) - len(kept)
+        logger.warning("%s: %d of %d rows left out, too long", encoding.origin, count, len(rows))
+    return rows.select(kept)
 
 
 def _parts(row: dict[str, Any], where: str, encoding: Encoding) -> tuple[Any, Any, str]:

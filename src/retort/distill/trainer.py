@@ -315,6 +315,7 @@ def _tokenized(rows: Any, name: str, config: DistillConfig, tokenizer: Any, end:
         max_length=config.max_length,
         completion=evaluating or config.recipe.reads_dataset,
         as_chat=config.as_chat,
+        skip_long_prompts=config.skip_long_prompts,
         origin=Path(origin).name,
     )
     return tokenize(rows, encoding, config.dataset_num_proc)

@@ -107,7 +107,8 @@ class StudentWriter:
         return min(settings.max_completion_length, settings.max_length - len(prompt))
 
     def _revise(self, engine: Engine, texts: list[Text], writing: Writing) -> None:
-        teacher = PackedModel(self.teacher)
+        # Scoring reads many tokens at once, where packing the weights first would not pay.
+        teacher = PackedModel(self.teacher, cpu_backend="torch")
         reviser = Reviser(engine, teacher, self.settings.end_tokens, self.settings.rounds)
         writing.corrections += reviser.revise(texts)
         writing.counts += reviser.counts
