@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from retort.distill import checkpoint
 from retort.distill.config import DistillConfig
@@ -28,6 +28,8 @@ def run(config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     folder = Path(config.output_dir or "")
     start = config.resume_from_checkpoint or checkpoint.newest(folder)
     trainer = build_trainer(config, callbacks)
+    if callbacks:
+        trainer.remove_callback(PrinterCallback)  # what is given shows the run
     if trainer.args.should_save:
         checkpoint.clean(folder)
     trainer.train(resume_from_checkpoint=str(start) if start else None)
