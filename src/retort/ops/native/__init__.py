@@ -5,7 +5,8 @@ into the user's cache when it is missing or older than its sources; where neithe
 is False, one warning says why, and the PyTorch twins do the work.
 
 Environment: ``RETORT_CPU_ISA`` = ``portable`` | ``avx2`` | ``avx512`` forces an instruction set,
-``RETORT_NATIVE=0`` turns the core off, ``RETORT_CACHE`` moves the user's cache.
+``RETORT_NATIVE=0`` turns the core off, ``RETORT_CACHE`` moves the user's cache, and
+``RETORT_NATIVE_LIBRARY`` names another build of the same sources (an instrumented one).
 """
 
 from __future__ import annotations
@@ -107,9 +108,12 @@ def _open_or_build() -> ctypes.CDLL:
     digest = build.digest()
     cache = Path(os.environ.get("RETORT_CACHE") or Path.home() / ".cache" / "retort")
     cached = cache / "native" / digest / build.LIBRARY
-    for path in (build.SOURCES / build.LIBRARY, cached):
+    named = os.environ.get("RETORT_NATIVE_LIBRARY")
+    for path in (Path(named),) if named else (build.SOURCES / build.LIBRARY, cached):
         if path.exists() and (lib := _open(path, digest)):
             return lib
+    if named:
+        raise OSError(f"RETORT_NATIVE_LIBRARY={named} was not built from these sources")
     lib = _open(build.build(cached), digest)
     if lib is None:
         raise OSError(f"{cached} does not match its sources; remove it")
