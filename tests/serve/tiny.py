@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -134,7 +135,13 @@ def load_engine(folder: Path, **options) -> Engine:
 
 
 @contextmanager
-def in_process(folder: Path, engine: Engine | None = None, limits: Limits | None = None, **more):
+def in_process(
+    folder: Path,
+    engine: Engine | None = None,
+    limits: Limits | None = None,
+    send_buffer: int | None = None,
+    **more,
+):
     """A server whose engine runs in a thread of this process: quick to start, open to tampering."""
     limits = limits or Limits(max_num_seqs=8)
     engine = engine or load_engine(folder, max_batch_size=limits.max_num_seqs)
@@ -142,6 +149,8 @@ def in_process(folder: Path, engine: Engine | None = None, limits: Limits | None
     worker = Worker(engine, Channel(theirs), Configure(NAME, max_num_seqs=limits.max_num_seqs))
     thread = threading.Thread(target=worker.run, daemon=True)
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     state: dict = {}
     http = threading.Thread(
         target=lambda: asyncio.run(_serve(folder, limits, ours, listener, state, more))
@@ -171,7 +180,8 @@ async def _serve(folder, limits, connection, listener, state, more):
     config = http_config(build_app(service))
     config.timeout_graceful_shutdown = 1
     server = DrainingServer(config, client, timeout=2)
-    state.update(server=server, client=client, service=service)
+    loop = asyncio.get_running_loop()
+    state.update(server=server, client=client, service=service, loop=loop)
     await server.serve(sockets=[listener])
     await client.close()
 
@@ -207,3 +217,9 @@ def _up(served: Served) -> bool:
         return served.http.get("/health").status_code == 200
     except httpx.TransportError:
         return False
+
+
+def events(text: str) -> list[dict]:
+    """The JSON events of a whole stream."""
+    parts = [part.removeprefix("data: ") for part in text.split("\n\n") if part]
+    return [json.loads(part) for part in parts if part != "[DONE]"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from retort.cli.output import say
 from retort.errors import ConfigurationError
 
 _NEEDS = ("starlette", "uvicorn", "httptools", "msgspec", "prometheus_client")
+_PASSED = ("host", "port", "request_timeout", "send_timeout", "shutdown_timeout")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -84,29 +85,34 @@ def serve(
     """
     given = dict(locals())
     _check_installed()
+    raise typer.Exit(_run(given))
+
+
+def _run(given: dict[str, Any]) -> int:
     from retort.serve.client import Limits
     from retort.serve.messages import Configure
     from retort.serve.server import ServeOptions
     from retort.serve.server import serve as run
 
-    engine = {name: given[name] for name in Configure.__struct_fields__ if name in given}
-    limits = {name: given[name] for name in Limits.__dataclass_fields__}
-    options = ServeOptions(
-        Configure(**{**engine, "draft_budget": parse_budget(draft_budget)}),
-        host=host,
-        port=port,
-        names=served_model_name or [Path(model).name if Path(model).is_dir() else model],
-        api_keys=[*(api_key or []), *_keys(api_key_file)],
-        chat_template=None if chat_template is None else _read(chat_template, "--chat-template"),
-        limits=Limits(**limits),
-        request_timeout=request_timeout,
-        send_timeout=send_timeout,
-        shutdown_timeout=shutdown_timeout,
-    )
-    if max_cache_tokens and max_model_len and max_cache_tokens < max_model_len:
+    least, most = given["max_model_len"], given["max_cache_tokens"]
+    if least and most and most < least:
         raise ConfigurationError("--max-cache-tokens must be at least --max-model-len")
-    code = run(options, say)
-    raise typer.Exit(code)
+    engine = {name: given[name] for name in Configure.__struct_fields__}
+    template = given["chat_template"]
+    options = ServeOptions(
+        Configure(**{**engine, "draft_budget": parse_budget(given["draft_budget"])}),
+        names=given["served_model_name"] or [_public_name(given["model"])],
+        api_keys=[*(given["api_key"] or []), *_keys(given["api_key_file"])],
+        chat_template=None if template is None else _read(template, "--chat-template"),
+        limits=Limits(**{name: given[name] for name in Limits.__dataclass_fields__}),
+        **{name: given[name] for name in _PASSED},
+    )
+    return run(options, say)
+
+
+def _public_name(model: str) -> str:
+    """Clients see a folder's name, never where it lies."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _check_installed() -> None:

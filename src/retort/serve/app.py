@@ -67,7 +67,7 @@ class Service:
         """
         if self.client.ready is None:
             raise ApiError(503, "the engine is not running", code="engine_dead", retry_after=10)
-        return Jobs(self.client.ready, self.prompts)
+        return Jobs(self.client.ready, self.prompts, self.client.limits.rows)
 
     # Routes
     async def completions(self, request: Request) -> Response:

@@ -12,6 +12,8 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 
+_UNREAD = (408, 413, 431)  # the rest of the request is not wanted
+
 
 class ApiError(Exception):
     """An answer that is an error.
@@ -48,9 +50,15 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that tell an SDK whether and when to try again."""
-        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        return headers if self.retry else {**headers, "x-should-retry": "false"}
+        """Headers that tell a client whether and when to try again, and to hang up."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["retry-after"] = str(self.retry_after)
+        if not self.retry:
+            headers["x-should-retry"] = "false"
+        if self.status in _UNREAD:
+            headers["connection"] = "close"
+        return headers
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:

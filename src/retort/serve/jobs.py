@@ -54,10 +54,11 @@ class Jobs:
     Args:
         model: what the engine said of itself.
         prompts: its tokenizer.
+        rows: most completions of one request.
     """
 
-    def __init__(self, model: Ready, prompts: Prompts) -> None:
-        self._model, self._prompts = model, prompts
+    def __init__(self, model: Ready, prompts: Prompts, rows: int) -> None:
+        self._model, self._prompts, self._rows = model, prompts, rows
 
     async def completion(self, spec: CompletionRequest) -> Job:
         """A completion job.
@@ -66,8 +67,12 @@ class Jobs:
             ApiError: 400, whatever the model cannot do.
         """
         given = _prompt_list(spec.prompt)
-        if len(given) > MAX_PROMPTS:
-            raise bad(f"prompt: at most {MAX_PROMPTS} in one request", "prompt")
+        if len(given) > MAX_PROMPTS or len(given) * spec.choices > self._rows:
+            raise bad(
+                f"{len(given)} prompts with n={spec.choices} are more completions than this server "
+                "takes at once; send fewer",
+                "prompt",
+            )
         prompts = [await self._ids(p) for p in given]
         limit = _COMPLETION_TOKENS if spec.max_tokens is None else spec.max_tokens
         if limit == 0 and not spec.echo:

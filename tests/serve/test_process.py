@@ -1,0 +1,186 @@
+"""FAULTS.md S11 and S12, and what the command line says: the server as its own processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.serve import tiny
+
+LONG = {"prompt": "the cat", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
+
+
+def worker_of(process) -> int:
+    """Process id of the engine's process."""
+    with open(f"/proc/{process.pid}/task/{process.pid}/children", encoding="ascii") as file:
+        found = [int(pid) for pid in file.read().split()]
+    if not found:  # started from another thread
+        for task in os.listdir(f"/proc/{process.pid}/task"):
+            with open(f"/proc/{process.pid}/task/{task}/children", encoding="ascii") as file:
+                found += [int(pid) for pid in file.read().split()]
+    assert len(found) == 1
+    return found[0]
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def stream(served, results: list, body: dict) -> threading.Thread:
+    def run():
+        results.append(tiny.events(served.post("/v1/completions", **body, stream=True).text))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_s11_and_s12_in_one_life(folder):
+    """One start: the first signal drains, a killed engine is seen, nothing is left behind."""
+    with tiny.as_command(folder, "--drafter", "prompt-lookup", "--max-num-seqs", "4") as (
+        served,
+        process,
+    ):
+        assert "Serving tiny on" in process.stdout.readline()
+        worker = worker_of(process)
+        assert served.complete(prompt="the cat", max_tokens=3)["model"] == tiny.NAME
+        results: list = []
+        thread = stream(served, results, {**LONG, "n": 2})
+        tiny.eventually(lambda: served.metric("num_requests_running") == 2, 20)
+        process.send_signal(signal.SIGTERM)
+        tiny.eventually(lambda: served.http.get("/health").status_code == 503)
+        late = served.post("/v1/completions", prompt="x")
+        assert late.status_code == 503 and late.headers["retry-after"]
+        thread.join(60)
+        finished = [e["choices"][0]["finish_reason"] for e in results[0] if e["choices"]]
+        assert finished.count("length") == 2, "the stream was not drained"
+        assert process.wait(20) == 0
+        assert not alive(worker)
+        with socket.create_server(("127.0.0.1", served.port)):
+            pass
+
+
+def test_s11_what_does_not_finish_ends_with_an_error(folder):
+    flags = ("--shutdown-timeout", "0.2", "--max-num-seqs", "64")
+    with tiny.as_command(folder, *flags) as (served, process):
+        results: list = []
+        thread = stream(served, results, {**LONG, "n": 64, "logprobs": 20})
+        tiny.eventually(lambda: served.metric("num_requests_running") == 64, 30)
+        process.send_signal(signal.SIGTERM)
+        thread.join(30)
+        assert results[0][-1]["error"]["code"] == "shutting_down"
+        assert process.wait(20) == 0
+
+
+def test_s12_a_killed_engine_is_seen_and_answered(folder):
+    with tiny.as_command(folder, "--max-num-seqs", "64") as (served, process):
+        worker = worker_of(process)
+        results: list = []
+        threads = [stream(served, results, {**LONG, "n": 32, "logprobs": 5}) for _ in range(2)]
+        tiny.eventually(lambda: served.metric("num_requests_running") == 64, 30)
+        os.kill(worker, signal.SIGKILL)
+        for thread in threads:
+            thread.join(20)
+        assert [events[-1]["error"]["code"] for events in results] == ["engine_dead"] * 2
+        assert served.http.get("/health").status_code == 503
+        answer = served.post("/v1/completions", prompt="x")
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_dead"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_no_worker_outlives_its_server(folder):
+    with tiny.as_command(folder) as (_, process):
+        worker = worker_of(process)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        tiny.eventually(lambda: not alive(worker), 20)
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "retort", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=120,
+    )
+
+
+def test_a_port_in_use_is_one_line(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = command(str(folder), "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2 and "cannot listen on 127.0.0.1" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--api-key-file", "missing.txt"), "missing.txt"),
+        (("--chat-template", "missing.jinja"), "missing.jinja"),
+        (("--port", "70000"), "70000"),
+        (("--draft-budget", "many"), "many"),
+        (("--max-cache-tokens", "5", "--max-model-len", "9"), "--max-cache-tokens"),
+    ],
+)
+def test_wrong_flags_are_one_line(folder, flags, text):
+    done = command(str(folder), *flags)
+    assert done.returncode == 2 and text in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    done = command(str(tmp_path / "nothing"), "--port", "0")
+    assert done.returncode == 2 and "unknown folder" in done.stderr.splitlines()[-1]
+
+
+def test_a_drafter_that_does_not_fit_is_the_users_error(folder, tiny_llama):
+    done = command(str(folder), "--port", "0", "--drafter", str(tiny_llama))
+    assert done.returncode == 2 and "vocabulary" in done.stderr.splitlines()[-1]
+
+
+def test_help_is_quick_and_light(python):
+    code = (
+        "import sys, time; t = time.perf_counter(); from retort.cli import run\n"
+        "run(['serve', '--help']); assert time.perf_counter() - t < 3\n"
+        "assert 'torch' not in sys.modules and 'starlette' not in sys.modules"
+    )
+    assert "--drafter" in python(code)
+
+
+def test_importing_retort_needs_no_server_packages(python):
+    code = (
+        "import sys\nfor name in ('starlette', 'uvicorn', 'msgspec', 'prometheus_client'):\n"
+        "    sys.modules[name] = None\nimport retort; retort.Engine; print('fine')"
+    )
+    assert python(code).strip() == "fine"
+
+
+def test_a_missing_extra_says_what_to_install(python):
+    code = (
+        "import importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'starlette' else real(n, *a)\n"
+        "from retort.cli import run; print(run(['serve', 'x']))"
+    )
+    assert python(code).strip() == "2"
+
+
+def test_the_log_holds_no_prompt(folder):
+    """What clients send is not written to the log."""
+    with tiny.as_command(folder) as (served, process):
+        served.complete(prompt="a secret sentence", max_tokens=3)
+        served.post("/v1/completions", prompt="a secret sentence", n=10**9)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        log = process.stdout.read()
+    assert "Serving tiny" in log and "secret" not in log
