@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -29,6 +30,8 @@ class Size:
         train_prompts, dev_prompts: prompts that the teacher answers for training, and for judging.
         answer_tokens: most tokens of an answer.
         steps: optimiser steps of the student.
+        layers: retention layers of the student.
+        rounds: repeats of the last comparison.
     """
 
     decode_tokens: int
@@ -37,12 +40,27 @@ class Size:
     answer_tokens: int
     steps: int
     layers: int
+    rounds: int
 
 
 FULL = Size(
-    decode_tokens=96, train_prompts=96, dev_prompts=16, answer_tokens=48, steps=60, layers=3
+    decode_tokens=96,
+    train_prompts=96,
+    dev_prompts=16,
+    answer_tokens=48,
+    steps=80,
+    layers=3,
+    rounds=3,
 )
-QUICK = Size(decode_tokens=24, train_prompts=8, dev_prompts=3, answer_tokens=16, steps=4, layers=2)
+QUICK = Size(
+    decode_tokens=24,
+    train_prompts=8,
+    dev_prompts=3,
+    answer_tokens=16,
+    steps=4,
+    layers=2,
+    rounds=1,
+)
 
 
 class Demo:
@@ -131,16 +149,7 @@ class Demo:
     # Stages
     def decoding(self) -> list[dict]:
         """The same batch decoded in several ways; all give the same tokens."""
-        from retort.decode.engine import Engine
-        from retort.decode.padded import PaddedEngine
-
-        arms: list[tuple] = [
-            ("plain", Engine, None, 0),
-            ("padded (prompt lookup, 7 drafts)", PaddedEngine, LOOKUP, 7),
-            ("unpadded (prompt lookup, 7 drafts)", Engine, LOOKUP, 7),
-            ("unpadded (prompt lookup, automatic budget)", Engine, LOOKUP, "auto"),
-        ]
-        return [self._arm(*arm) for arm in arms]
+        return self._compared(_lookup_arms(), rounds=1)
 
     def answers(self) -> dict:
         """The teacher's answers as training and development rows."""
@@ -184,24 +193,21 @@ class Demo:
         return {"folder": str(run(self.distill_config(), [TrainingProgress()]))}
 
     def drafting(self) -> list[dict]:
-        """The teacher decodes with the student as its drafter."""
-        from retort.decode.engine import Engine
-
+        """All ways again in interleaved rounds, now with the student as a drafter too."""
         student = self.student()
-        return [
-            self._arm("unpadded (student, 2 drafts)", Engine, student, 2),
-            self._arm("unpadded (student, automatic budget)", Engine, student, "auto"),
-        ]
+        arms = _lookup_arms()
+        arms["unpadded (student, 2 drafts)"] = {"drafter": student, "draft_budget": 2}
+        arms["unpadded (student, automatic budget)"] = {"drafter": student}
+        return self._compared(arms, rounds=self.size.rounds)
 
     def report(self) -> Path:
         """All records on one page."""
         from retort.report import DecodingRow, build, load, save
         from retort.report.records import Heading
 
-        arms = [*self._stored("decoding"), *self._stored("drafting")]
         records = replace(
             load(self.student_folder),
-            decoding=[DecodingRow(**{k: v for k, v in a.items() if k != "ids"}) for a in arms],
+            decoding=[DecodingRow(**row) for row in self._stored("drafting")],
             evaluation=self._evaluation(),
             samples=self._samples(),
             provenance=Provenance.collect(self.settings, {"seed": self.distill_config().seed}),
@@ -241,35 +247,27 @@ class Demo:
             use_cpu=True,
         )
 
-    def _arm(self, name: str, engine_class: type, drafter: Any, budget: int | str) -> dict:
-        options = {"drafter": drafter, "draft_budget": budget, "max_batch_size": 8}
-        with engine_class(self.teacher, self.tokenizer, **options) as engine:
-            outputs = complete(engine, self.chats("decode"), self._params(self.size.decode_tokens))
-            stats = engine.stats
-        ids = [output.token_ids for output in outputs]
-        plain = ids if name == "plain" else self._plain_ids
-        if name == "plain":
-            self._plain_ids = ids
-        row = {
-            "arm": name,
-            "batch_size": len(outputs),
-            "tokens": stats.decode_tokens,
-            "seconds": stats.decode_seconds,
-            "tokens_per_second": stats.tokens_per_second,
-            "tokens_per_step": stats.tokens_per_step,
-            "padding_share": stats.padding_share,
-            "outputs_equal": ids == plain,
-            "draft_tokens": stats.draft_tokens,
-            "accepted_tokens": stats.accepted_tokens,
-            "mean_draft_length": stats.draft_tokens / max(stats.row_steps, 1),
-            "ids": ids,
-        }
-        say(_arm_line(row))
-        return row
+    def _compared(self, arms: dict[str, dict], rounds: int) -> list[dict]:
+        """Rows of the report, medians over rounds in which all arms take turns."""
+        from retort.decode.admission import encode
+        from retort.decode.engine import Engine
+        from retort.decode.padded import PaddedEngine
+        from retort.evaluate.decoding import compare, engine_arm
 
-    @cached_property
-    def _plain_ids(self) -> list[list[int]]:
-        return self._stored("decoding")[0]["ids"]
+        prompts = [encode(chat, self.tokenizer) for chat in self.chats("decode")]
+        with ExitStack() as stack:
+            runs = {}
+            for name, options in arms.items():
+                engine_class = PaddedEngine if name.startswith("padded") else Engine
+                engine = engine_class(self.teacher, self.tokenizer, max_batch_size=8, **options)
+                runs[name] = engine_arm(stack.enter_context(engine))
+            rows = [
+                _row(result)
+                for result in compare(runs, prompts, self.size.decode_tokens, rounds, warmup=0)
+            ]
+        for row in rows:
+            say(_arm_line(row))
+        return rows
 
     def _params(self, tokens: int) -> Any:
         from retort.decode.request import SamplingParams
@@ -324,6 +322,33 @@ class Demo:
             Sample(row["prompt"][0]["content"], row["text"], old, new)
             for row, old, new in zip(self._rows("dev"), before, after, strict=True)
         ][:6]
+
+
+def _lookup_arms() -> dict[str, dict]:
+    return {
+        "plain": {},
+        "padded (prompt lookup, 7 drafts)": {"drafter": LOOKUP, "draft_budget": 7},
+        "unpadded (prompt lookup, 7 drafts)": {"drafter": LOOKUP, "draft_budget": 7},
+        "unpadded (prompt lookup, automatic budget)": {"drafter": LOOKUP},
+    }
+
+
+def _row(result: Any) -> dict:
+    """An `ArmResult` as the report's `DecodingRow`."""
+    rows = max(result.row_steps, 1)
+    return {
+        "arm": result.arm,
+        "batch_size": result.batch_size,
+        "tokens": result.tokens,
+        "seconds": result.tokens / result.tokens_per_second,
+        "tokens_per_second": result.tokens_per_second,
+        "tokens_per_step": result.tokens_per_step,
+        "padding_share": result.padding_share,
+        "outputs_equal": result.equal_to_plain,
+        "draft_tokens": result.draft_tokens,
+        "accepted_tokens": result.accepted_tokens,
+        "mean_draft_length": result.draft_tokens / rows,
+    }
 
 
 def _arm_line(row: dict) -> str:

@@ -29,6 +29,7 @@ class Measurement:
     total_seconds: float
     tokens_per_step: float = 1.0
     padding_share: float = 0.0
+    row_steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
 
@@ -43,6 +44,8 @@ class ArmResult:
     arm: str
     batch_size: int
     equal_to_plain: bool
+    tokens: int
+    row_steps: int
     tokens_per_second: float
     tokens_per_step: float
     padding_share: float
@@ -104,6 +107,7 @@ def engine_arm(engine: Any) -> Arm:
             total_seconds=total,
             tokens_per_step=stats.tokens_per_step,
             padding_share=padding / computed,
+            row_steps=stats.row_steps,
             draft_tokens=stats.draft_tokens,
             accepted_tokens=stats.accepted_tokens,
         )
@@ -119,6 +123,8 @@ def _summary(name: str, mine: list[Measurement], base: list[Measurement]) -> Arm
         arm=name,
         batch_size=len(mine[0].token_ids),
         equal_to_plain=all(m.token_ids == base[0].token_ids for m in mine),
+        tokens=int(median(m.tokens for m in mine)),
+        row_steps=int(median(m.row_steps for m in mine)),
         tokens_per_second=median(speeds),
         tokens_per_step=median(m.tokens_per_step for m in mine),
         padding_share=median(m.padding_share for m in mine),
