@@ -13,6 +13,12 @@ from retort.distill.config import DistillConfig
 from retort.errors import ConfigurationError
 
 
+NORM_SCALE = 0.1
+"""[ours] A new student's states are nearly its token's own embedding, for which a trained head is
+sure of the wrong token (loss 49 on SmolLM2 instead of 10.8 for a guess). Scaled down, training
+starts from a guess: 7.5 instead of 9.4 after 40 steps; 0.03 and 0.3 are no better [measured]."""
+
+
 def build_student(config: DistillConfig, teacher: Any = None) -> Any:
     """The student that the configuration describes.
 
@@ -62,7 +68,7 @@ def dense_retnet_student(teacher: Any, layers: int, **overrides: Any) -> Any:
 
     Retention layers start at random (torch's global generator). Embedding and head are tied
     where the teacher's are. [ours] The final norm is copied too, because the head was trained
-    behind it. ``overrides`` are values of `DenseRetNetConfig`. Raises ConfigurationError when one
+    behind it, and scaled by `NORM_SCALE`. ``overrides`` are values of `DenseRetNetConfig`. Raises ConfigurationError when one
     of them is unknown or changes the width.
     """
     from retort.models.dense_retnet import DenseRetNetConfig, DenseRetNetForCausalLM
@@ -75,7 +81,7 @@ def dense_retnet_student(teacher: Any, layers: int, **overrides: Any) -> Any:
     copy_embeddings(teacher, student)
     norm = getattr(getattr(teacher.base_model, "norm", None), "weight", None)
     if isinstance(norm, torch.Tensor):
-        _copy(norm, student.model.norm.weight, "final norm")
+        _copy(norm * NORM_SCALE, student.model.norm.weight, "final norm")
     return student.eval()
 
 

@@ -93,7 +93,7 @@ def scrg_numbers(sums: Mapping[str, float]) -> Sums:
 
 
 def numbers(sums: Mapping[str, float]) -> Sums:
-    """A log record of a meter's sums."""
+    """A log record of a meter's sums; seconds are summed over processes too."""
     sources = {k: v for k, v in sums.items() if k.startswith("source/")}
     total = sum(sources.values())
     rest = {k: v for k, v in sums.items() if k.startswith(("time/", "rollout/"))}
