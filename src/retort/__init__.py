@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from retort.decode.request import RequestOutput, SamplingParams
     from retort.distill.config import DistillConfig
     from retort.distill.trainer import DistillTrainer
+    from retort.models.dense_mamba import (
+        DenseMambaConfig,
+        DenseMambaForCausalLM,
+        DenseMambaModel,
+    )
     from retort.models.dense_retnet import (
         DenseRetNetConfig,
         DenseRetNetForCausalLM,
@@ -24,6 +29,9 @@ if TYPE_CHECKING:
     )
 
 _EXPORTS = {
+    "DenseMambaConfig": "retort.models.dense_mamba",
+    "DenseMambaForCausalLM": "retort.models.dense_mamba",
+    "DenseMambaModel": "retort.models.dense_mamba",
     "DenseRetNetConfig": "retort.models.dense_retnet",
     "DenseRetNetForCausalLM": "retort.models.dense_retnet",
     "DenseRetNetModel": "retort.models.dense_retnet",
@@ -36,6 +44,9 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "DenseMambaConfig",
+    "DenseMambaForCausalLM",
+    "DenseMambaModel",
     "DenseRetNetConfig",
     "DenseRetNetForCausalLM",
     "DenseRetNetModel",

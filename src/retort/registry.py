@@ -44,6 +44,13 @@ ARCHITECTURES = (
         model="DenseRetNetModel",
     ),
     Architecture(
+        model_type="dense_mamba",
+        module="retort.models.dense_mamba",
+        config="DenseMambaConfig",
+        causal_lm="DenseMambaForCausalLM",
+        model="DenseMambaModel",
+    ),
+    Architecture(
         model_type="DenseGauRetNet",
         module="retort.models.conversion",
         config="DenseGauRetNetConfig",

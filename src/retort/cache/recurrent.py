@@ -7,16 +7,27 @@ because transformers counts columns (`get_seq_length`, `crop`) where rows count 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from retort.cache.rows import RowCache
 from retort.errors import ConfigurationError, RewindError
+
+TapeKind = Literal["draft", "completion"]
+
+
+def check_tape(tape: str, max_draft: int, block: int) -> None:
+    """Refuse an unknown kind of tape, and sizes that hold nothing."""
+    if tape not in ("draft", "completion") or max_draft < 0 or block < 1:
+        raise ConfigurationError(
+            f"a tape is 'draft' or 'completion', max_draft at least 0 and block at least 1: "
+            f"{tape=}, {max_draft=}, {block=}"
+        )
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,13 @@ class Feed:
 
 
 class RecurrentRowCache(RowCache):
-    """A `RowCache` for recurrent mixers that also serves rectangles in plain transformers."""
+    """A `RowCache` for recurrent mixers that also serves rectangles in plain transformers.
+
+    ``shape`` holds the sizes of its states, by which a model knows a cache of its own.
+    """
 
     is_compileable = False
+    shape: Any
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -173,11 +188,6 @@ class RecurrentRowCache(RowCache):
         """The rows become copies of the rows at ``indices`` ``[n]`` (ids or a bool mask)."""
         places = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         order = [self.rows[i] for i in places.tolist()]
-        self._copy_rows(order)
-        self._lengths = {i: self._lengths[row] for i, row in enumerate(order)}
+        self.select(order)
         if len(self.columns):
             self.columns = self.columns[places.to(self.device)]
-
-    @abstractmethod
-    def _copy_rows(self, order: Sequence[int]) -> None:
-        """Storage of row i becomes a copy of that of row ``order[i]``; lengths are old."""

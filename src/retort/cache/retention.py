@@ -14,19 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from retort.cache.recurrent import RecurrentRowCache
+from retort.cache.recurrent import RecurrentRowCache, TapeKind, check_tape
 from retort.cache.rows import PackedRows
-from retort.cache.tape import Tape, grown
+from retort.cache.tape import Pages, Tape, grown
 from retort.cache.waves import WavePlan
-from retort.errors import ConfigurationError
 from retort.ops.retention import BlockDecay, block_fold, block_output, log_decay
-
-TapeKind = Literal["draft", "completion"]
 
 
 @dataclass(frozen=True)
@@ -96,11 +93,7 @@ class RetentionRowCache(RecurrentRowCache):
         block: int = 16,
     ) -> None:
         super().__init__(torch.device(device))
-        if tape not in ("draft", "completion") or max_draft < 0 or block < 1:
-            raise ConfigurationError(
-                f"a tape is 'draft' or 'completion', max_draft at least 0 and block at least 1: "
-                f"{tape=}, {max_draft=}, {block=}"
-            )
+        check_tape(tape, max_draft, block)
         self.shape, self.kind, self.max_draft, self.block = shape, tape, max_draft, block
         self.dtype = torch.promote_types(dtype, torch.float32)
         self.decay = BlockDecay.of(log_decay(shape.heads, self.dtype, self.device), block)
@@ -144,6 +137,22 @@ class RetentionRowCache(RecurrentRowCache):
         self._anchor = {i: self._anchor[row] for i, row in enumerate(order)}
         self.states = self.states[:, torch.tensor(order, dtype=torch.long, device=self.device)]
         self.tape.select(order)
+
+    def _copy_out(self, row: int) -> tuple[int, Tensor, Pages]:
+        return self._anchor[row], self.states[:, row].clone(), self.tape.copy_out(row)
+
+    @torch.inference_mode(False)
+    def _copy_in(self, row: int, state: tuple[int, Tensor, Pages]) -> None:
+        self._anchor[row], kept, pages = state
+        self.states[:, row] = kept
+        self.tape.copy_in(row, pages)
+
+    def _faults(self) -> list[str]:
+        faults = [] if set(self._anchor) == set(self._lengths) else ["anchors of other rows"]
+        for row, length in self._lengths.items():
+            if self._anchor.get(row, 0) * self.block > max(length, 0):
+                faults.append(f"row {row} of {length} tokens keeps a state beyond its end")
+        return faults + self.tape.faults(self._lengths)
 
     # A pass: begin, one call of `retention` per layer, end
 

@@ -21,13 +21,14 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from retort.cache.recurrent import Feed
-from retort.cache.retention import RetentionRowCache, RetentionShape, TapeKind
+from retort.cache.retention import RetentionRowCache, RetentionShape
 from retort.errors import ConfigurationError
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
+from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
 from retort.ops.clock import Clock
 from retort.ops.retention import (
     Form,
@@ -37,8 +38,6 @@ from retort.ops.retention import (
     rotary_phase,
     rotate,
 )
-
-logger = logging.get_logger(__name__)
 
 
 @strict
@@ -241,7 +240,7 @@ class DenseRetNetLayer(GradientCheckpointingLayer):
         return hidden_states, k, v
 
 
-class DenseRetNetPreTrainedModel(PreTrainedModel):
+class DenseRetNetPreTrainedModel(RecurrentModel, PreTrainedModel):
     """Weights, caches and transformers' switches shared by the models below."""
 
     config: DenseRetNetConfig
@@ -253,22 +252,14 @@ class DenseRetNetPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_record_outputs = {"hidden_states": DenseRetNetLayer}  # noqa: RUF012
 
+    row_cache = RetentionRowCache
+
     @property
-    def retention_shape(self) -> RetentionShape:
+    def cache_shape(self) -> RetentionShape:
         """Sizes of the states that a cache of this model holds."""
         c = self.config
         heads = c.num_attention_heads
         return RetentionShape(c.num_hidden_layers, heads, c.key_dim // heads, c.value_dim // heads)
-
-    def new_row_cache(self, tape: TapeKind = "draft", max_draft: int = 16) -> RetentionRowCache:
-        """An empty cache for this model, for packed passes or as `past_key_values`.
-
-        Args:
-            tape: "draft" can be rewound by ``max_draft`` tokens at least, "completion" to any
-                length.
-            max_draft: see ``tape``.
-        """
-        return RetentionRowCache(self.retention_shape, self.dtype, self.device, tape, max_draft)
 
 
 class DenseRetNetModel(DenseRetNetPreTrainedModel):
@@ -315,12 +306,8 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigurationError("give input_ids or inputs_embeds, one of the two")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        starts = _sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), hidden.shape[1])
-        if getattr(past_key_values, "layout", None) is None and _packed(starts, attention_mask):
-            _refuse_cache(use_cache or past_key_values is not None)
-            use_cache = False
-        cache = self._cache(past_key_values, use_cache)
-        _check_mask(attention_mask, hidden, cache)
+        starts = sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), hidden.shape[1])
+        cache = self._pass_input(hidden, attention_mask, starts, past_key_values, use_cache)
         with self._pass(hidden, attention_mask, starts, cache) as step:
             hidden = self._run_layers(hidden, step)
         return BaseModelOutputWithPast(
@@ -334,24 +321,6 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
             hidden, k, v = layer(hidden, step, *window.flat())
             window.push(k, v)
         return hidden
-
-    def _cache(
-        self, cache: RetentionRowCache | None, use_cache: bool | None
-    ) -> RetentionRowCache | None:
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if self.training and self.gradient_checkpointing and (use_cache or cache is not None):
-            logger.warning_once("gradient checkpointing runs layers twice: no cache is used")
-            return None
-        if cache is None:
-            return self.new_row_cache() if use_cache else None
-        shape = getattr(cache, "shape", None)
-        if not isinstance(cache, RetentionRowCache) or shape != self.retention_shape:
-            raise ConfigurationError(
-                f"past_key_values is {type(cache).__name__} with {shape}; this model needs "
-                f"{self.retention_shape}: use model.new_row_cache()"
-            )
-        return cache
 
     @contextmanager
     def _pass(
@@ -374,7 +343,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
             yield self._step(feed.positions, decay, _cached(cache, feed))
 
     def _step(self, positions: Tensor, decay: Tensor, mix: Callable) -> RetentionPass:
-        phase = rotary_phase(positions, self.retention_shape.key_dim, decay.dtype)
+        phase = rotary_phase(positions, self.cache_shape.key_dim, decay.dtype)
         return RetentionPass(phase, normaliser(positions + 1, decay).unsqueeze(-1), mix)
 
 
@@ -385,47 +354,7 @@ def _cached(cache: RetentionRowCache, feed: Feed) -> Callable:
     return mix
 
 
-def _sequence_starts(
-    position_ids: Tensor | None, bounds: Tensor | None, width: int
-) -> Tensor | None:
-    """Where packed sequences start, bool ``[B or 1, T]``; None for one sequence a row."""
-    if bounds is not None:
-        starts = torch.zeros(1, width, dtype=torch.bool, device=bounds.device)
-        starts[0, bounds[bounds < width].long()] = True
-        return starts
-    return None if position_ids is None else position_ids == 0
-
-
-def _check_mask(mask: Tensor | None, x: Tensor, cache: RetentionRowCache | None) -> None:
-    """The mask has one column a token; with a cache it may have the past's too (checked there)."""
-    if mask is None:
-        return
-    fits = mask.ndim == 2 if cache is not None else mask.shape == x.shape[:2]
-    if not fits:
-        raise ConfigurationError(
-            f"attention_mask is {list(mask.shape)}, the input needs [batch, tokens] = "
-            f"{list(x.shape[:2])}"
-        )
-
-
-def _refuse_cache(wanted: bool) -> None:
-    if wanted:
-        raise ConfigurationError(
-            "packed sequences restart at position 0 inside a row, a cached row cannot: "
-            "pass use_cache=False, or feed them as rows between cache.begin and cache.end"
-        )
-
-
-def _packed(starts: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether a row holds several sequences."""
-    if starts is None or starts.shape[1] == 1:
-        return False
-    if mask is not None:
-        starts = starts.to(mask.device) & mask[:, -starts.shape[1] :].bool()
-    return bool((starts.sum(1) > 1).any())
-
-
-class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, GenerationMixin):
+class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, RecurrentGeneration, GenerationMixin):
     """DenseRetNet with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -479,17 +408,6 @@ class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        if generation_config.cache_implementation is not None:
-            raise ConfigurationError(
-                f"cache_implementation={generation_config.cache_implementation!r}: DenseRetNet has "
-                "one kind of cache, leave it unset"
-            )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_row_cache()
 
 
 __all__ = [

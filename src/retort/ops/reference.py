@@ -64,3 +64,51 @@ def hidden_fusion(
         gate = gate / (1 + torch.exp(-gate))
         rows.append(own[t] + gate * sum(f[t] for f in earlier))
     return torch.stack(rows)
+
+
+def selective_states(a: Tensor, dt: Tensor, b: Tensor, u: Tensor) -> Tensor:
+    """h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t u_t of one sequence (Mamba, section 3), ``[T, N, D]``.
+
+    Args:
+        a: A ``[N, D]``, negative.
+        dt: Δ ``[T, D]``.
+        b: B ``[T, N]``.
+        u: inputs ``[T, D]``.
+    """
+    state, states = torch.zeros_like(a), []
+    for t in range(len(u)):
+        state = torch.exp(dt[t] * a) * state + dt[t] * b[t][:, None] * u[t]
+        states.append(state)
+    return torch.stack(states)
+
+
+def dense_readout(c: Tensor, own: Tensor, gate: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+    """y_t = C_t·(h_t + a_t ⊙ Σ h_t^{l−i}), ``[T, D]`` (DenseMamba, without D u_t).
+
+    Args:
+        c: C ``[T, N]``.
+        own: this layer's states ``[T, N, D]``.
+        gate: a ``[T, D]``.
+        earlier: states of at most m layers before it, each ``[T, N, D]``.
+    """
+    rows = []
+    for t in range(len(c)):
+        fused = own[t] + gate[t] * sum((h[t] for h in earlier), torch.zeros_like(own[t]))
+        rows.append((c[t][:, None] * fused).sum(0))
+    return torch.stack(rows)
+
+
+def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """y_t = bias + Σ_j weight_{K−1−j} x_{t−j} for each channel of one sequence ``[T, D]``.
+
+    Args:
+        x: inputs ``[T, D]``.
+        weight: ``[D, K]``.
+        bias: ``[D]``.
+    """
+    kernel = weight.shape[1]
+    rows = []
+    for t in range(len(x)):
+        taps = [weight[:, kernel - 1 - j] * x[t - j] for j in range(min(kernel, t + 1))]
+        rows.append(bias + sum(taps, torch.zeros_like(bias)))
+    return torch.stack(rows)

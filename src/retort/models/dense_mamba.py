@@ -1,0 +1,440 @@
+"""DenseMamba: Mamba whose layers read the hidden states of earlier layers too.
+
+Mamba (arXiv 2312.00752) with the dense connection of DenseSSM (arXiv 2403.00818), whose authors
+released no such model; from their general equations [ours]:
+
+    h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t u_t                      carried un-fused
+    y_t = C_t·(h_t + a_t ⊙ Σ_{i=1..min(m,l)} h_t^{l−i}) + D u_t
+    a_t = silu(fc2 silu(fc1 x_t))                               one number a channel
+
+fc2 starts at zero: the model then *is* Mamba and takes a Mamba checkpoint's weights under their
+names (`DenseMambaForCausalLM.from_mamba`). Because a_t is constant over a channel's states, the
+sum can be read layer by layer: m extra scans with layer l−i's inputs and layer l's C.
+
+Inside the model there is no padding: the real tokens of all rows lie on one axis ``[n, ...]``,
+row after row (`retort.ops.segments`). Shapes: B rows, T tokens, D channels, N states a channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.mamba.configuration_mamba import MambaConfig
+from transformers.utils import can_return_tuple
+
+from retort.cache.mamba import MambaRowCache, MambaShape
+from retort.cache.recurrent import Feed
+from retort.errors import ConfigurationError
+from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
+from retort.models.mamba_passes import MambaPass, RescanPass, StatePass
+from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
+from retort.ops.clock import Clock
+from retort.ops.segments import cut
+from retort.ops.selective_scan import LONGEST, ScanInputs
+
+# A mark on the linear itself: loading a Mamba checkpoint initialises missing leaves only.
+STARTS_AT_ZERO = "_starts_at_zero"
+
+Form = Literal["auto", "chunked", "rescan", "recurrent"]
+
+
+@strict
+class DenseMambaConfig(MambaConfig):
+    """Configuration of DenseMamba: transformers' of Mamba, and the dense connection.
+
+    Attributes:
+        dense_block_layers: the window m; 0 is Mamba.
+        intermediate_select_scale: the gate is hidden_size // this wide inside.
+        scan_form: how passes without a cache compute. "chunked" keeps the states of one piece of
+            the tokens over m+1 layers, "rescan" none, "recurrent" goes token by token; "auto"
+            is "rescan" where gradients are wanted and "chunked" elsewhere.
+        chunk_size: tokens in a piece.
+    """
+
+    model_type = "dense_mamba"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    dense_block_layers: int = 2
+    intermediate_select_scale: int = 8
+    scan_form: str = "auto"
+    chunk_size: int = 64
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check every size after transformers has filled in its defaults."""
+        kwargs.pop("model_type", None)  # of a Mamba checkpoint: what is saved is ours
+        super().__post_init__(**kwargs)
+        for fault in self._faults():
+            raise ConfigurationError(fault)
+
+    def _faults(self) -> Iterator[str]:
+        for name in ("hidden_size", "num_hidden_layers", "state_size", "conv_kernel", "expand"):
+            if getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must be at least 1"
+        if self.dense_block_layers < 0:
+            yield f"dense_block_layers={self.dense_block_layers} must be 0 (none) or more"
+        if not 1 <= self.intermediate_select_scale <= self.hidden_size:
+            yield (
+                f"intermediate_select_scale={self.intermediate_select_scale} is not in "
+                f"1..hidden_size={self.hidden_size}"
+            )
+        if self.scan_form not in get_args(Form):
+            yield f"scan_form={self.scan_form!r} is none of {get_args(Form)}"
+        if not 1 <= self.chunk_size <= LONGEST:
+            yield f"chunk_size={self.chunk_size} is not in 1..{LONGEST}"
+
+
+class DenseMambaMixer(nn.Module):
+    """The selective state-space mixer (Mamba, section 3.4) with the dense readout."""
+
+    def __init__(self, config: DenseMambaConfig, layer_idx: int) -> None:
+        super().__init__()
+        hidden, inner, states = config.hidden_size, config.intermediate_size, config.state_size
+        self.config, self.layer_idx = config, layer_idx
+        self.rank = int(config.time_step_rank)
+        self.act = ACT2FN[config.hidden_act]
+        self.conv1d = nn.Conv1d(
+            inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1,
+            bias=config.use_conv_bias,
+        )  # fmt: skip
+        self.in_proj = nn.Linear(hidden, 2 * inner, bias=config.use_bias)
+        self.x_proj = nn.Linear(inner, self.rank + 2 * states, bias=False)
+        self.dt_proj = nn.Linear(self.rank, inner, bias=True)
+        self.A_log = nn.Parameter(torch.empty(inner, states))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, hidden, bias=config.use_bias)
+        self.select: HiddenFusion | None = None
+        if layer_idx > 0 and config.dense_block_layers > 0:
+            self.select = HiddenFusion(hidden, inner, hidden // config.intermediate_select_scale)
+            setattr(self.select.fc2, STARTS_AT_ZERO, True)
+
+    def forward(
+        self, x: Tensor, step: MambaPass, *earlier: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One mixer without its residual.
+
+        Args:
+            x: normed input ``[n, hidden]``.
+            step: the pass.
+            *earlier: features of the layers in the window.
+
+        Returns:
+            Output ``[n, hidden]`` and this layer's features, as the pass wants them.
+        """
+        u, z = self.in_proj(x).chunk(2, -1)
+        u = self.act(step.convolve(self.layer_idx, u, self.conv1d))
+        states = self.A_log.shape[1]
+        dt, b, c = self.x_proj(u).split([self.rank, states, states], -1)
+        wide = partial(torch.Tensor.to, dtype=torch.promote_types(x.dtype, torch.float32))
+        inputs = ScanInputs(
+            a=-wide(self.A_log).exp().t().contiguous(),
+            dt=F.softplus(wide(self.dt_proj(dt))),
+            b=wide(b),
+            u=wide(u),
+        )
+        fuse = None if self.select is None else partial(self._fused, x)
+        y, features = step.mix(self.layer_idx, inputs, wide(c), fuse, earlier)
+        y = (y + wide(self.D) * inputs.u) * self.act(z)
+        return self.out_proj(y.to(x.dtype)), features
+
+    def _fused(self, x: Tensor, own: Tensor, earlier: list[Tensor]) -> Tensor:
+        """own + a ⊙ Σ earlier, of states ``[n, N, D]`` or of what C reads of them ``[n, D]``."""
+        assert self.select is not None
+        return self.select(x.unsqueeze(1) if own.ndim == 3 else x, own, earlier)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Mamba's initial values (its authors')."""
+        config, inner = self.config, len(self.D)
+        init.copy_(self.A_log, torch.arange(1.0, config.state_size + 1).log().expand(inner, -1))
+        init.ones_(self.D)
+        std = self.rank**-0.5 * config.time_step_scale
+        if config.time_step_init_scheme == "constant":
+            init.constant_(self.dt_proj.weight, std)
+        else:
+            init.uniform_(self.dt_proj.weight, -std, std)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = (low + torch.rand(inner) * (high - low)).exp().clamp(min=config.time_step_floor)
+        init.copy_(self.dt_proj.bias, dt + (-torch.expm1(-dt)).log())  # inverse of softplus
+        init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
+        if self.conv1d.bias is not None:
+            init.zeros_(self.conv1d.bias)
+        init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        if config.rescale_prenorm_residual:
+            init.copy_(self.out_proj.weight, self.out_proj.weight / config.num_hidden_layers**0.5)
+
+
+class DenseMambaBlock(GradientCheckpointingLayer):
+    """Norm, mixer, residual."""
+
+    def __init__(self, config: DenseMambaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = DenseMambaMixer(config, layer_idx)
+
+    def forward(
+        self, hidden_states: Tensor, step: MambaPass, *earlier: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Next hidden states ``[n, hidden]``, then this layer's features."""
+        x = self.norm(hidden_states.to(self.norm.weight.dtype))
+        if self.residual_in_fp32:
+            hidden_states = hidden_states.to(
+                torch.promote_types(hidden_states.dtype, torch.float32)
+            )
+        out, features = self.mixer(x, step, *earlier)
+        return hidden_states + out, *features
+
+
+class DenseMambaPreTrainedModel(RecurrentModel, PreTrainedModel):
+    """Weights, caches and transformers' switches shared by the models below."""
+
+    config: DenseMambaConfig
+    config_class = DenseMambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DenseMambaBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache_params"]  # noqa: RUF012
+    _is_stateful = True
+    _input_embed_layer = "embeddings"
+    row_cache = MambaRowCache
+
+    @property
+    def cache_shape(self) -> MambaShape:
+        """Sizes of the states that a cache of this model holds."""
+        c = self.config
+        return MambaShape(c.num_hidden_layers, c.intermediate_size, c.state_size, c.conv_kernel)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DenseMambaMixer):
+            module.initialise()
+        if isinstance(module, nn.Linear) and hasattr(module, STARTS_AT_ZERO):
+            init.zeros_(module.weight)
+
+
+class DenseMambaModel(DenseMambaPreTrainedModel):
+    """Embedding, layers and final norm, with the names of transformers' `MambaModel`."""
+
+    def __init__(self, config: DenseMambaConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DenseMambaBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MambaRowCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_params: MambaRowCache | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm, zero before it at padding.
+
+        Args:
+            input_ids: ``[B, T]``, or ``[1, total]`` inside begin/end of a cache.
+            attention_mask: ``[B, T]``, with a cache also ``[B, past + T]``; 0 at padding, which
+                may stand anywhere.
+            position_ids: without a cache, a real token at position 0 starts a packed sequence;
+                else unused.
+            past_key_values: from `new_row_cache` or an earlier output.
+            inputs_embeds: ``[B, T, hidden]`` instead of ids.
+            use_cache: by default the configuration's, but never while training.
+            cache_params: transformers' other name for ``past_key_values``.
+            output_hidden_states: also return each layer's input, and the final hidden states.
+            **kwargs: ``cu_seq_lens_q`` marks packed sequences too; others are ignored.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigurationError("give input_ids or inputs_embeds, one of the two")
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        starts = sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), x.shape[1])
+        given = cache_params if past_key_values is None else past_key_values
+        cache = self._pass_input(x, attention_mask, starts, given, use_cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        with self._pass(x, attention_mask, starts, cache) as (feed, step):
+            inputs, hidden = self._run(feed.pack(x), step, bool(output_hidden_states))
+            hidden = feed.unpack(self.norm_f(hidden.to(self.norm_f.weight.dtype)))
+        states = (*(feed.unpack(h) for h in inputs), hidden) if output_hidden_states else None
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,  # type: ignore[arg-type]  # our own kind of cache
+            hidden_states=states,
+        )
+
+    def _run(self, x: Tensor, step: MambaPass, want_inputs: bool) -> tuple[list[Tensor], Tensor]:
+        """Each layer's input where wanted, and the last layer's output, all ``[n, hidden]``."""
+        outputs: list[list[Tensor]] = []
+        for piece in step:
+            hidden, seen = x[piece.begin : piece.end], []
+            window = FeatureWindow(self.config.dense_block_layers)
+            for layer in self.layers:
+                if want_inputs:
+                    seen.append(hidden)
+                hidden, *features = layer(hidden, step, *window.flat())
+                window.push(*features)
+            outputs.append([*seen, hidden])
+        if not outputs:  # a rectangle of padding only
+            return [x] * (want_inputs * len(self.layers)), x
+        *inputs, hidden = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return inputs, hidden
+
+    @contextmanager
+    def _pass(
+        self, x: Tensor, mask: Tensor | None, starts: Tensor | None, cache: MambaRowCache | None
+    ) -> Iterator[tuple[Feed, MambaPass]]:
+        if cache is None:
+            feed, lengths = _uncached(x, mask, starts)
+            yield feed, self._step(lengths, None, x.device)
+            return
+        with cache.feed(x.shape[:2], mask) as feed:
+            layout = cache.layout
+            yield feed, self._step(layout.counts if layout else (), cache, x.device)
+
+    def _step(
+        self, lengths: tuple[int, ...], cache: MambaRowCache | None, device: torch.device
+    ) -> MambaPass:
+        """The pass over segments of ``lengths`` tokens."""
+        form, kernel = self.config.scan_form, self.config.conv_kernel
+        remembers = torch.is_grad_enabled() and form == "auto"
+        checkpoints = self.training and self.gradient_checkpointing
+        if cache is None and (form == "rescan" or remembers or checkpoints):
+            whole = cut(lengths, max(sum(lengths), 1), kernel, 0, device)
+            return RescanPass(whole, self.config.chunk_size)
+        limit = sum(lengths) if form == "recurrent" else 0
+        if cache is not None:
+            limit = cache.max_draft + 1  # what a rewind may replay must have a replay's bits
+        return StatePass(cut(lengths, self.config.chunk_size, kernel, limit, device), cache)
+
+
+def _uncached(
+    x: Tensor, mask: Tensor | None, starts: Tensor | None
+) -> tuple[Feed, tuple[int, ...]]:
+    """The real tokens of a batch, and the lengths of the sequences that they form."""
+    real = None if mask is None else mask.to(x.device, torch.bool)
+    batch, width = x.shape[:2]
+    clock = Clock.of(real, starts, (batch, width), x.device)
+    if clock.uniform:
+        return Feed(clock.positions, None), (width,) * (batch if width else 0)
+    index = clock.real.flatten().nonzero()[:, 0]
+    first = (clock.seen.flatten()[index] == 1).nonzero()[:, 0].tolist()
+    bounds = pairwise([*first, len(index)])
+    return Feed(clock.positions, index), tuple(end - start for start, end in bounds)
+
+
+class DenseMambaForCausalLM(DenseMambaPreTrainedModel, RecurrentGeneration, GenerationMixin):
+    """DenseMamba with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DenseMambaConfig) -> None:
+        super().__init__(config)
+        self.backbone = DenseMambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MambaRowCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_params: MambaRowCache | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss of labels that are shifted here.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                cache_params, output_hidden_states: see `DenseMambaModel.forward`.
+            labels: ``[B, T]``, −100 where there is no loss.
+            logits_to_keep: the last n positions (0: all), or their indices.
+            **kwargs: ``num_items_in_batch`` and others of the loss.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cache_params=cache_params,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @classmethod
+    def from_mamba(cls, source: Any, **changes: Any) -> DenseMambaForCausalLM:
+        """A DenseMamba that computes what a Mamba does: its weights, and gates of zero.
+
+        Args:
+            source: a `transformers.MambaForCausalLM`, or where one is loaded from.
+            **changes: of the configuration, such as ``dense_block_layers``.
+
+        Raises:
+            ConfigurationError: the checkpoint lacks weights or holds others.
+        """
+        if isinstance(source, str) or hasattr(source, "__fspath__"):
+            from transformers import MambaForCausalLM
+
+            source = MambaForCausalLM.from_pretrained(source)
+        unlike = ("model_type", "architectures", "transformers_version")
+        fields = {k: v for k, v in source.config.to_dict().items() if k not in unlike}
+        model = cls(DenseMambaConfig(**(fields | changes))).to(source.device, source.dtype)
+        found = model.load_state_dict(source.state_dict(), strict=False)
+        missing = [name for name in found.missing_keys if ".select." not in name]
+        if missing or found.unexpected_keys:
+            raise ConfigurationError(
+                f"{type(source).__name__} does not fit: missing {missing}, "
+                f"unexpected {found.unexpected_keys}"
+            )
+        return model.train(source.training)
+
+
+__all__ = [
+    "DenseMambaConfig",
+    "DenseMambaForCausalLM",
+    "DenseMambaModel",
+    "DenseMambaPreTrainedModel",
+]

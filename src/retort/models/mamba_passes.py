@@ -1,0 +1,155 @@
+"""How the layers of one DenseMamba pass convolve and scan: with states, or without keeping them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from retort.cache.mamba import MambaRowCache
+from retort.ops.segments import Piece, convolve
+from retort.ops.selective_scan import ScanInputs, read, scan_states, selective_scan
+
+Fuse = Callable[[Tensor, list[Tensor]], Tensor]
+
+
+class MambaPass(Protocol):
+    """One forward pass over a flat token axis; iterating sets the piece that layers work on."""
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces, in order; all layers run on one before the next comes."""
+        ...
+
+    def convolve(self, layer: int, x: Tensor, conv: nn.Conv1d) -> Tensor:
+        """The layer's causal convolution of ``[n, D]``, before the activation."""
+        ...
+
+    def mix(
+        self,
+        layer: int,
+        inputs: ScanInputs,
+        c: Tensor,
+        fuse: Fuse | None,
+        earlier: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What C reads ``[n, D]``, and the layer's features for later layers.
+
+        Args:
+            layer: which layer.
+            inputs: what drives its recurrence.
+            c: C ``[n, N]``.
+            fuse: (own, earlier) → fused; None where the layer has no dense connection.
+            earlier: features of the layers in the window, kind after kind.
+        """
+        ...
+
+
+class StatePass:
+    """A layer's feature is its states of a piece ``[n, N, D]``; memory for one piece at a time.
+
+    Args:
+        pieces: of `retort.ops.segments.cut`.
+        cache: between begin() and end(), or None where every segment starts from nothing.
+    """
+
+    def __init__(self, pieces: Iterable[Piece], cache: MambaRowCache | None) -> None:
+        self._pieces, self._cache = pieces, cache
+        self._states: dict[int, Tensor] = {}  # of each layer, at the end of the last piece
+        self._inputs: dict[int, Tensor] = {}
+        self._fed: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces, in order."""
+        for piece in self._pieces:
+            self._piece = piece
+            yield piece
+
+    def _new(self) -> slice:
+        """Segments that begin in this piece."""
+        part = self._piece.segments
+        return slice(part.start + self._piece.resumed, part.stop)
+
+    def convolve(self, layer: int, x: Tensor, conv: nn.Conv1d) -> Tensor:
+        """See `MambaPass.convolve`."""
+        new, width = self._new(), conv.kernel_size[0] - 1
+        if self._cache is None:
+            history = x.new_zeros(new.stop - new.start, width, x.shape[1])
+        else:
+            history = self._cache.history(layer, new).to(x.dtype)
+        if self._piece.resumed:
+            history = torch.cat([self._inputs[layer].unsqueeze(0), history])
+        y, self._inputs[layer] = convolve(x, history, conv, self._piece)
+        self._fed = x
+        return y
+
+    def mix(
+        self,
+        layer: int,
+        inputs: ScanInputs,
+        c: Tensor,
+        fuse: Fuse | None,
+        earlier: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `MambaPass.mix`."""
+        h = scan_states(inputs, self._piece, self._resume(layer, inputs))
+        if self._cache is not None and self._fed is not None:
+            self._cache.record(layer, self._piece, self._fed, inputs, h)
+        self._states[layer] = h[-1].clone()
+        return read(c, h if fuse is None else fuse(h, list(earlier))), (h,)
+
+    def _resume(self, layer: int, inputs: ScanInputs) -> tuple[Tensor, Tensor] | None:
+        parts = []
+        if self._cache is not None:
+            numbers, states = self._cache.resume(layer, self._new())
+            if len(numbers):
+                parts.append((numbers + int(self._piece.resumed), states))
+        if self._piece.resumed:
+            zero = self._piece.starts.new_zeros(1)
+            parts.insert(0, (zero, self._states[layer].unsqueeze(0)))
+        if not parts:
+            return None
+        numbers, states = (torch.cat(x) for x in zip(*parts, strict=True))
+        return numbers, states.to(inputs.u.dtype)
+
+
+class RescanPass:
+    """A layer's features are A, Δ, B and u; whoever reads its states scans them again.
+
+    Args:
+        pieces: the whole axis as one piece.
+        chunk_size: tokens whose states exist at one time.
+    """
+
+    def __init__(self, pieces: Iterable[Piece], chunk_size: int) -> None:
+        self._pieces, self._chunk_size = list(pieces), chunk_size
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The one piece, none where there is no token."""
+        return iter(self._pieces)
+
+    def convolve(self, layer: int, x: Tensor, conv: nn.Conv1d) -> Tensor:
+        """See `MambaPass.convolve`."""
+        piece = self._pieces[0]
+        history = x.new_zeros(len(piece.starts), conv.kernel_size[0] - 1, x.shape[1])
+        return convolve(x, history, conv, piece)[0]
+
+    def mix(
+        self,
+        layer: int,
+        inputs: ScanInputs,
+        c: Tensor,
+        fuse: Fuse | None,
+        earlier: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `MambaPass.mix`."""
+        y = self._scan(inputs, c)
+        if fuse is not None:
+            count = len(earlier) // len(inputs)
+            window = [ScanInputs(*earlier[i::count]) for i in range(count)]
+            y = fuse(y, [self._scan(older, c) for older in window])
+        return y, tuple(inputs)
+
+    def _scan(self, inputs: ScanInputs, c: Tensor) -> Tensor:
+        return selective_scan(inputs, c, self._pieces[0].starts, self._chunk_size)

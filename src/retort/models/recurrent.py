@@ -1,0 +1,142 @@
+"""What our recurrent models share: caches by name and shape, packed input, generation.
+
+A model adds `RecurrentModel` to its pre-trained base class and defines ``row_cache`` (the class
+of its caches) and ``cache_shape`` (the sizes of its states).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationMixin
+from transformers.utils import logging
+
+from retort.cache.recurrent import RecurrentRowCache, TapeKind
+from retort.errors import ConfigurationError
+
+logger = logging.get_logger(__name__)
+
+
+class RecurrentModel:
+    """Mixin of a `PreTrainedModel` whose state is a `RecurrentRowCache`."""
+
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+    training: bool
+    gradient_checkpointing: bool = False
+
+    row_cache: Any
+    cache_shape: Any
+
+    def new_row_cache(self, tape: TapeKind = "draft", max_draft: int = 16) -> Any:
+        """An empty cache for this model, for packed passes or as `past_key_values`.
+
+        Args:
+            tape: "draft" can be rewound by ``max_draft`` tokens at least, "completion" to any
+                length.
+            max_draft: see ``tape``.
+        """
+        return self.row_cache(self.cache_shape, self.dtype, self.device, tape, max_draft)
+
+    def _pass_input(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        starts: Tensor | None,
+        cache: Any,
+        use_cache: bool | None,
+    ) -> Any:
+        """The cache of a pass, None without one; refuses what does not fit together.
+
+        Args:
+            hidden: ``[B, T, hidden]``.
+            attention_mask: ``[B, T]``, with a cache also ``[B, past + T]``.
+            starts: of `sequence_starts`.
+            cache: what the caller gave.
+            use_cache: what the caller asked for.
+        """
+        if getattr(cache, "layout", None) is None and _packed(starts, attention_mask):
+            if use_cache or cache is not None:
+                raise ConfigurationError(
+                    "packed sequences restart at position 0 inside a row, a cached row cannot: "
+                    "pass use_cache=False, or feed them as rows between cache.begin and cache.end"
+                )
+            use_cache = False
+        cache = self._cache(cache, use_cache)
+        _check_mask(attention_mask, hidden, cache)
+        return cache
+
+    def _cache(self, cache: Any, use_cache: bool | None) -> Any:
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.training and self.gradient_checkpointing and (use_cache or cache is not None):
+            logger.warning_once("gradient checkpointing runs layers twice: no cache is used")
+            return None
+        if cache is None:
+            return self.new_row_cache() if use_cache else None
+        shape = getattr(cache, "shape", None)
+        if not isinstance(cache, RecurrentRowCache) or shape != self.cache_shape:
+            raise ConfigurationError(
+                f"past_key_values is {type(cache).__name__} with {shape}; this model needs "
+                f"{self.cache_shape}: use model.new_row_cache()"
+            )
+        return cache
+
+
+class RecurrentGeneration(GenerationMixin):
+    """`generate` of a `RecurrentModel`: it starts from `new_row_cache`."""
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ConfigurationError(
+                f"cache_implementation={generation_config.cache_implementation!r}: "
+                f"{type(self).__name__} has one kind of cache, leave it unset"
+            )
+        given = model_kwargs.pop("cache_params", None)
+        if given is not None:
+            model_kwargs["past_key_values"] = given
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_row_cache()  # type: ignore[attr-defined]
+
+
+def sequence_starts(
+    position_ids: Tensor | None, bounds: Tensor | None, width: int
+) -> Tensor | None:
+    """Where packed sequences start, bool ``[B or 1, T]``; None for one sequence a row.
+
+    Args:
+        position_ids: ``[B, T]``; a sequence starts at each 0.
+        bounds: ``cu_seq_lens``, which decide where both are given.
+        width: T.
+    """
+    if bounds is not None:
+        starts = torch.zeros(1, width, dtype=torch.bool, device=bounds.device)
+        starts[0, bounds[bounds < width].long()] = True
+        return starts
+    return None if position_ids is None else position_ids == 0
+
+
+def _check_mask(mask: Tensor | None, x: Tensor, cache: RecurrentRowCache | None) -> None:
+    """The mask has one column a token; with a cache it may have the past's too (checked there)."""
+    if mask is None:
+        return
+    fits = mask.ndim == 2 if cache is not None else mask.shape == x.shape[:2]
+    if not fits:
+        raise ConfigurationError(
+            f"attention_mask is {list(mask.shape)}, the input needs [batch, tokens] = "
+            f"{list(x.shape[:2])}"
+        )
+
+
+def _packed(starts: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether a row holds several sequences."""
+    if starts is None or starts.shape[1] == 1:
+        return False
+    if mask is not None:
+        starts = starts.to(mask.device) & mask[:, -starts.shape[1] :].bool()
+    return bool((starts.sum(1) > 1).any())
