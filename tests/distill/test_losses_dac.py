@@ -196,7 +196,7 @@ def test_dual_variable_rises_below_the_target_falls_above_and_is_clipped():
     assert state.dual == 5.0
     for _ in range(100):
         state.update(1.0, settings)
-    assert state.dual == 0.0 and state.updates == 152
+    assert state.dual == settings.dual_min == 1.0 and state.updates == 152
 
 
 def test_state_survives_json_bit_for_bit():
