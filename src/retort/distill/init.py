@@ -12,7 +12,6 @@ from torch import nn
 from retort.distill.config import DistillConfig
 from retort.errors import ConfigurationError
 
-
 NORM_SCALE = 0.1
 """[ours] A new student's states are nearly its token's own embedding, for which a trained head is
 sure of the wrong token (loss 49 on SmolLM2 instead of 10.8 for a guess). Scaled down, training
@@ -68,8 +67,8 @@ def dense_retnet_student(teacher: Any, layers: int, **overrides: Any) -> Any:
 
     Retention layers start at random (torch's global generator). Embedding and head are tied
     where the teacher's are. [ours] The final norm is copied too, because the head was trained
-    behind it, and scaled by `NORM_SCALE`. ``overrides`` are values of `DenseRetNetConfig`. Raises ConfigurationError when one
-    of them is unknown or changes the width.
+    behind it, and scaled by `NORM_SCALE`. ``overrides`` are values of `DenseRetNetConfig`. Raises
+    ConfigurationError when one of them is unknown or changes the width.
     """
     from retort.models.dense_retnet import DenseRetNetConfig, DenseRetNetForCausalLM
 
