@@ -1,11 +1,11 @@
-"""Drafters, budget, scheduler, stopping: each alone."""
+"""Drafters, budget, stopping: each alone."""
 
 import pytest
 
-from retort.decode.budget import AutoBudget, FixedBudget, StepCost, build_budget
-from retort.decode.drafter import DraftContext, PromptLookupDrafter
+from retort.decode.budget import AutoBudget, Candidate, FixedBudget, StepCost, build_budget
+from retort.decode.draft import DraftContext
+from retort.decode.drafter import PromptLookupDrafter
 from retort.decode.request import Request, SamplingParams
-from retort.decode.scheduler import Scheduler
 from retort.decode.stopping import TextBuffer, extend
 from retort.errors import ConfigurationError
 
@@ -48,37 +48,43 @@ def _budget(flat_until, slope, **options):
     return AutoBudget(cost=cost, **options)
 
 
+def _give(budget, rows, wanted, passes=False):
+    """Lengths of rows that share one drafter."""
+    pairs = zip(rows, wanted, strict=True)
+    return budget.allocate([Candidate(row, "d", want, passes) for row, want in pairs])
+
+
 def test_the_budget_drafts_while_passes_are_flat_and_stops_at_the_knee():
     rows = [str(i) for i in range(8)]
-    assert sum(_budget(128, 1.0, prior=0.8).allocate(rows, [7] * 8, False)) == 56
-    assert sum(_budget(8, 1.0, prior=0.8).allocate(rows, [7] * 8, False)) == 0
-    some = _budget(16, 0.5, prior=0.8).allocate(rows, [7] * 8, False)
+    assert sum(_give(_budget(128, 1.0, prior=0.8), rows, [7] * 8)) == 56
+    assert sum(_give(_budget(8, 1.0, prior=0.8), rows, [7] * 8)) == 0
+    some = _give(_budget(16, 0.5, prior=0.8), rows, [7] * 8)
     assert 0 < sum(some) <= 8
 
 
 def test_rows_that_accept_more_get_more_and_hopeless_rows_get_none():
     budget = _budget(6, 0.2)
     for _ in range(30):
-        budget.observe("good", 4, 4)
-        budget.observe("bad", 4, 0)
-    good, bad = budget.allocate(["good", "bad"], [7, 7], False)
+        budget.observe("good", "d", 4, 4)
+        budget.observe("bad", "d", 4, 0)
+    good, bad = _give(budget, ["good", "bad"], [7, 7])
     assert good >= 4 and bad == 0
-    assert budget.allocate(["good"], [2], False) == [2]
+    assert _give(budget, ["good"], [2]) == [2]
 
 
 def test_a_slow_drafter_is_not_asked():
     budget = _budget(64, 1.0, prior=0.5)
-    budget.time_draft(1, 5.0)
-    assert budget.allocate(["a"], [7], drafting=True) == [0]
-    assert budget.allocate(["a"], [7], drafting=False) != [0]
+    budget.time_draft("d", 1, 5.0)
+    assert _give(budget, ["a"], [7], True) == [0]
+    assert _give(budget, ["a"], [7]) != [0]
 
 
 def test_a_failed_row_is_tried_again_in_the_end():
     budget = _budget(2, 0.6)
     for _ in range(60):
-        budget.observe("a", 2, 0)
-    first = budget.allocate(["a"], [4], False)
-    later = [budget.allocate(["a"], [4], False) for _ in range(2000)]
+        budget.observe("a", "d", 2, 0)
+    first = _give(budget, ["a"], [4])
+    later = [_give(budget, ["a"], [4]) for _ in range(2000)]
     assert first == [0] and any(any(x) for x in later)
 
 
@@ -98,26 +104,6 @@ def test_budgets_are_checked():
     for bad in (-1, "some"):
         with pytest.raises(ConfigurationError, match="draft_budget"):
             build_budget(bad)
-
-
-def test_the_scheduler_is_first_in_first_out_and_slices_long_prompts():
-    scheduler = Scheduler(max_batch_size=2, max_prefill_tokens=5)
-    requests = [_request(n, range(3, 3 + k)) for n, k in (("a", 8), ("b", 4), ("c", 2))]
-    for request in requests:
-        scheduler.add(request)
-    assert [r.id for r in scheduler.admit()] == ["a", "b"]
-    plan = scheduler.plan()
-    assert [(p.request.id, len(p.tokens), p.last) for p in plan.prefills] == [("a", 5, False)]
-    requests[0].fed = 5
-    plan = scheduler.plan()
-    assert [(p.request.id, len(p.tokens), p.last) for p in plan.prefills] == [
-        ("a", 3, True),
-        ("b", 2, False),
-    ]
-    requests[0].fed = 7
-    assert [r.id for r in scheduler.plan().decodes] == ["a"]
-    scheduler.remove(requests[0])
-    assert [r.id for r in scheduler.admit()] == ["c"]
 
 
 class Bytes:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from retort.decode.engine import Engine
+from retort.decode.processors import shape_scores
 from retort.decode.request import SamplingParams
-from retort.decode.sampling import gumbel, shape_scores
+from retort.decode.sampling import gumbel
 from tests.decode.test_engine import ScriptedDrafter
 from tests.decode.toys import prompts, toy
 

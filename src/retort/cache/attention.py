@@ -7,6 +7,7 @@ made when a layer first appends, since only then its shape is known.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,27 @@ class AttentionRowCache(RowCache):
 
     def _rewind(self, row: int, length: int) -> None:
         """Nothing to do: positions from ``length`` on are overwritten before they are read."""
+
+    def _copy_rows(self, order: Sequence[int]) -> None:
+        buffers, capacity = dict(self._buffers), dict(self._capacity)
+        for row in tuple(buffers):
+            self._close(row)
+        seen: set[int] = set()
+        for i, row in enumerate(order):
+            self._open(i)
+            own = {n: b.clone() for n, b in buffers[row].items()} if row in seen else buffers[row]
+            self._buffers[i], self._capacity[i] = own, capacity[row]
+            seen.add(row)
+
+    def _faults(self) -> list[str]:
+        faults = [] if set(self._buffers) == set(self._lengths) else ["buffers of other rows"]
+        for row, length in self._lengths.items():
+            if length > self._capacity.get(row, 0):
+                faults.append(f"row {row} has {length} tokens and room for less")
+            sizes = {buffer.shape[2] for buffer in self._buffers.get(row, {}).values()}
+            if sizes - {self._capacity.get(row)}:
+                faults.append(f"row {row} has buffers of {sorted(sizes)} tokens")
+        return faults
 
     def _grow(self, row: int, used: int, capacity: int) -> None:
         self._capacity[row] = capacity

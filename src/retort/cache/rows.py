@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from retort.errors import ConfigurationError, RewindError
+from retort.errors import ConfigurationError, RetortError, RewindError
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class PackedRows:
         return [p for end, k in zip(ends, keep, strict=True) for p in range(end - k, end)]
 
 
+@dataclass(frozen=True)
+class Parked:
+    """A row outside its cache: its length and copies of what it held, for `RowCache.unpark`."""
+
+    length: int
+    state: Any
+
+
 class RowCache(ABC):
     """Per-row lengths, append at each row's own end, rewind per row without a model forward."""
 
@@ -84,6 +93,40 @@ class RowCache(ABC):
         self._require(row)
         del self._lengths[row]
         self._close(row)
+
+    def select(self, order: Sequence[int]) -> None:
+        """Row i becomes a copy of row ``order[i]``; rows that are not named go.
+
+        ``order`` may repeat rows (beams) and leave some out (compaction).
+        """
+        lengths = [self.length(row) for row in order]
+        self._copy_rows(order)
+        self._lengths = dict(enumerate(lengths))
+
+    def park(self, row: int) -> Parked | None:
+        """Take ``row`` out to make room; None where its tokens have to be read again."""
+        length, state = self.length(row), self._copy_out(row)
+        self.free_row(row)
+        return None if state is None else Parked(length, state)
+
+    def unpark(self, parked: Parked) -> int:
+        """Take a parked row in again, with the bits that it had, and return its new id."""
+        row = self.add_row()
+        self._copy_in(row, parked.state)
+        self._lengths[row] = parked.length
+        return row
+
+    def check(self) -> None:
+        """Check that what is stored fits the rows; to be called between passes.
+
+        Raises:
+            RetortError: it does not; a fault of the cache, not of its user.
+        """
+        faults = ["a pass is open"] if self.layout is not None else []
+        faults += [f"row {r} has length {n}" for r, n in self._lengths.items() if n < 0]
+        faults += self._faults()
+        if faults:
+            raise RetortError(f"{type(self).__name__} is inconsistent: {'; '.join(faults)}")
 
     def begin(self, rows: Sequence[int], counts: Sequence[int]) -> PackedRows:
         """Reserve room for ``counts[i]`` new tokens of ``rows[i]`` and publish the layout."""
@@ -145,3 +188,19 @@ class RowCache(ABC):
 
     @abstractmethod
     def _rewind(self, row: int, length: int) -> None: ...
+
+    @abstractmethod
+    def _copy_rows(self, order: Sequence[int]) -> None:
+        """Storage of row i becomes a copy of that of row ``order[i]``; lengths are the old ones."""
+
+    def _faults(self) -> list[str]:
+        """What is inconsistent in the storage."""
+        return []
+
+    def _copy_out(self, row: int) -> Any:
+        """Copies of what ``row`` holds, or None to have its tokens read again."""
+        return None
+
+    def _copy_in(self, row: int, state: Any) -> None:
+        """Give the empty ``row`` what `_copy_out` gave."""
+        raise NotImplementedError

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Pages(NamedTuple):
+    """Copies of a row's pages ``[layers, n, H, L, d]``, and the blocks that they hold."""
+
+    blocks: tuple[int, ...]
+    keys: Tensor
+    values: Tensor
 
 
 class Tape:
@@ -53,6 +62,27 @@ class Tape:
         table = self._table[row]
         for block in [b for b in table if b < first or (stop is not None and b >= stop)]:
             self._free.append(table.pop(block))
+
+    def copy_out(self, row: int) -> Pages:
+        """Copies of all that ``row`` has on tape."""
+        table = self._table[row]
+        numbers = torch.tensor(list(table.values()), dtype=torch.long, device=self.keys.device)
+        return Pages(tuple(table), self.keys[:, numbers], self.values[:, numbers])
+
+    def copy_in(self, row: int, pages: Pages) -> None:
+        """Put copied pages on the empty tape of ``row``."""
+        for i, block in enumerate(pages.blocks):
+            page = self.reserve(row, block)
+            self.keys[:, page] = pages.keys[:, i]
+            self.values[:, page] = pages.values[:, i]
+
+    def faults(self, rows: Iterable[int]) -> list[str]:
+        """What is inconsistent: every page belongs to one live row, or to none."""
+        owned = [page for table in self._table.values() for page in table.values()]
+        faults = [] if set(self._table) == set(rows) else ["tapes of other rows"]
+        if sorted(owned + self._free) != list(range(self.keys.shape[1])):
+            faults.append("pages are shared or lost")
+        return faults
 
     def select(self, order: Sequence[int]) -> None:
         """Row i becomes a copy of row ``order[i]``; the pool shrinks to what they use."""

@@ -17,22 +17,33 @@ from retort.errors import ConfigurationError
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A row that may be drafted for.
+
+    Attributes:
+        row: its request.
+        drafter: the name of its drafter.
+        wanted: the longest draft that it could use.
+        passes: the draft is yet to be made by passes of a model, so that its time counts.
+    """
+
+    row: str
+    drafter: str = ""
+    wanted: int = 0
+    passes: bool = False
+
+
 class DraftBudget(Protocol):
     """Gives every decoding row a draft length and learns from what came of it."""
 
     max_draft: int
 
-    def allocate(
-        self, rows: Sequence[str], wanted: Sequence[int], drafting: bool, others: int = 0
-    ) -> list[int]:
-        """Draft lengths of ``rows``, each at most ``wanted``.
-
-        ``drafting`` tells that drafts are yet to be made by a model, so that their time counts;
-        ``others`` counts the tokens of other rows in the same pass.
-        """
+    def allocate(self, candidates: Sequence[Candidate]) -> list[int]:
+        """Draft lengths of all decoding rows, each at most what is wanted."""
         ...
 
-    def observe(self, row: str, drafted: int, accepted: int) -> None:
+    def observe(self, row: str, drafter: str, drafted: int, accepted: int) -> None:
         """A draft of ``row`` was verified."""
         ...
 
@@ -40,7 +51,7 @@ class DraftBudget(Protocol):
         """A pass over ``tokens`` tokens took ``seconds``."""
         ...
 
-    def time_draft(self, depth: int, seconds: float) -> None:
+    def time_draft(self, drafter: str, depth: int, seconds: float) -> None:
         """Drafting ``depth`` tokens deep took ``seconds``."""
         ...
 
@@ -55,19 +66,17 @@ class FixedBudget:
 
     max_draft: int
 
-    def allocate(
-        self, rows: Sequence[str], wanted: Sequence[int], drafting: bool, others: int = 0
-    ) -> list[int]:
+    def allocate(self, candidates: Sequence[Candidate]) -> list[int]:
         """The fixed length, or less where less is wanted."""
-        return [min(self.max_draft, w) for w in wanted]
+        return [min(self.max_draft, c.wanted) for c in candidates]
 
-    def observe(self, row: str, drafted: int, accepted: int) -> None:
+    def observe(self, row: str, drafter: str, drafted: int, accepted: int) -> None:
         """Nothing to learn."""
 
     def time_step(self, tokens: int, seconds: float) -> None:
         """Nothing to learn."""
 
-    def time_draft(self, depth: int, seconds: float) -> None:
+    def time_draft(self, drafter: str, depth: int, seconds: float) -> None:
         """Nothing to learn."""
 
     def release(self, row: str) -> None:
@@ -78,12 +87,16 @@ class FixedBudget:
 class AutoBudget:
     """Maximise expected tokens a second over the whole step, 0 drafts included.
 
+    Acceptance is estimated by row and drafter, as an exponential average that starts from the
+    drafter's prior, which follows all its rows.
+
     Args:
         max_draft: longest draft of a row.
-        prior: acceptance expected of a row that has not been tried.
+        prior: acceptance expected of a drafter that has not been tried.
         margin: gain over plain decoding below which nothing is drafted.
         hope: how fast the estimates return to the first prior while nothing is drafted, so that
             rows are tried again now and then (at 0.003 a failed drafter costs about 2 % of steps).
+        cost: T(tokens) of a pass of the target.
     """
 
     max_draft: int = 7
@@ -91,69 +104,98 @@ class AutoBudget:
     margin: float = 1.05
     hope: float = 0.003
     cost: StepCost = field(default_factory=lambda: StepCost())
-    acceptance: dict[str, float] = field(default_factory=dict)
-    draft_seconds: float = 0.0
+    acceptance: dict[tuple[str, str], float] = field(default_factory=dict)
+    priors: dict[str, float] = field(default_factory=dict)
+    draft_seconds: dict[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._first_prior = self.prior
-
-    def allocate(
-        self, rows: Sequence[str], wanted: Sequence[int], drafting: bool, others: int = 0
-    ) -> list[int]:
+    def allocate(self, candidates: Sequence[Candidate]) -> list[int]:
         """Best prefix of all draft positions, sorted by the probability that they survive."""
-        rates = [self._estimate(row) for row in rows]
+        rates = [self._estimate(c.row, c.drafter) for c in candidates]
         gains = sorted(
             (-(rate**depth), depth, i)
-            for i, (rate, want) in enumerate(zip(rates, wanted, strict=True))
-            for depth in range(1, min(want, self.max_draft) + 1)
+            for i, (rate, c) in enumerate(zip(rates, candidates, strict=True))
+            for depth in range(1, min(c.wanted, self.max_draft) + 1)
         )
-        lengths = [0] * len(rows)
-        for _, _, i in gains[: self._best_prefix(len(rows), others, gains, drafting)]:
+        lengths = [0] * len(candidates)
+        for _, _, i in gains[: self._best_prefix(candidates, gains)]:
             lengths[i] += 1
         if gains and not any(lengths):
-            self._regain_hope(rows)
+            self._regain_hope(candidates)
         return lengths
 
-    def observe(self, row: str, drafted: int, accepted: int) -> None:
-        """Move the row's acceptance, and slowly everyone's prior, by what this draft showed."""
+    def observe(self, row: str, drafter: str, drafted: int, accepted: int) -> None:
+        """Move the row's acceptance, and slowly its drafter's prior, by what this draft showed."""
         tried = min(drafted, accepted + 1)
         for outcome in [1.0] * accepted + [0.0] * (tried - accepted):
-            self.acceptance[row] = self._estimate(row) * 0.85 + 0.15 * outcome
-            self.prior = self.prior * 0.98 + 0.02 * outcome
+            known = self._estimate(row, drafter)
+            self.acceptance[row, drafter] = known * 0.85 + 0.15 * outcome
+            self.priors[drafter] = self._prior(drafter) * 0.98 + 0.02 * outcome
 
     def time_step(self, tokens: int, seconds: float) -> None:
         """Learn T(tokens)."""
         self.cost.record(tokens, seconds)
 
-    def time_draft(self, depth: int, seconds: float) -> None:
+    def time_draft(self, drafter: str, depth: int, seconds: float) -> None:
         """Learn what one drafting pass costs."""
         per_pass = seconds / max(depth, 1)
-        self.draft_seconds = 0.8 * self.draft_seconds + 0.2 * per_pass or per_pass
+        known = self.draft_seconds.get(drafter, per_pass)
+        self.draft_seconds[drafter] = 0.8 * known + 0.2 * per_pass
 
     def release(self, row: str) -> None:
         """Forget a finished row; what it taught stays in the prior."""
-        self.acceptance.pop(row, None)
+        for key in [key for key in self.acceptance if key[0] == row]:
+            del self.acceptance[key]
 
-    def _estimate(self, row: str) -> float:
-        return self.acceptance.get(row, self.prior)
+    def _prior(self, drafter: str) -> float:
+        return self.priors.get(drafter, self.prior)
 
-    def _regain_hope(self, rows: Sequence[str]) -> None:
-        self.prior += self.hope * (self._first_prior - self.prior)
-        for row in rows:
-            self.acceptance[row] = (1 - self.hope) * self._estimate(row) + self.hope * self.prior
+    def _estimate(self, row: str, drafter: str) -> float:
+        return self.acceptance.get((row, drafter), self._prior(drafter))
 
-    def _best_prefix(self, rows: int, others: int, gains: Sequence[tuple], drafting: bool) -> int:
-        draft_seconds = self.draft_seconds if drafting else 0.0
-        plain = rows + others
+    def _regain_hope(self, candidates: Sequence[Candidate]) -> None:
+        for drafter in {c.drafter for c in candidates if c.wanted}:
+            prior = self._prior(drafter)
+            self.priors[drafter] = prior + self.hope * (self.prior - prior)
+        for c in (c for c in candidates if c.wanted):
+            known, prior = self._estimate(c.row, c.drafter), self._prior(c.drafter)
+            self.acceptance[c.row, c.drafter] = (1 - self.hope) * known + self.hope * prior
+
+    def _best_prefix(self, candidates: Sequence[Candidate], gains: Sequence[tuple]) -> int:
+        plain = len(candidates)
         best, best_rate = 0, plain / self.cost.seconds(plain) * self.margin
-        expected, depth = float(plain), 0
-        for m, (negative, level, _) in enumerate(gains, 1):
+        expected, depths = float(plain), dict[str, int]()
+        for m, (negative, depth, i) in enumerate(gains, 1):
             expected -= negative
-            depth = max(depth, level)
-            rate = expected / (self.cost.seconds(plain + m) + depth * draft_seconds)
+            if candidates[i].passes:
+                depths[candidates[i].drafter] = max(depths.get(candidates[i].drafter, 0), depth)
+            drafting = sum(self._draft_seconds(name) * d for name, d in depths.items())
+            rate = expected / (self.cost.seconds(plain + m) + drafting)
             if rate > best_rate:
                 best, best_rate = m, rate
         return best
+
+    def _draft_seconds(self, drafter: str) -> float:
+        return self.draft_seconds.get(drafter, 0.0)
+
+
+class CountBudget(AutoBudget):
+    """`AutoBudget` that never looks at a clock: the same requests get the same draft lengths.
+
+    A pass over n tokens costs 1 + n/16, and one of a draft model 1/8 [our choice: reading the
+    weights takes as long as computing 16 tokens, and draft models are an eighth as large].
+    """
+
+    def __init__(self, max_draft: int = 7) -> None:
+        super().__init__(max_draft, cost=StepCost({1: 1 + 1 / 16, 513: 1 + 513 / 16}))
+
+    def time_step(self, tokens: int, seconds: float) -> None:
+        """The cost is fixed."""
+
+    def time_draft(self, drafter: str, depth: int, seconds: float) -> None:
+        """The cost is fixed."""
+
+    def _draft_seconds(self, drafter: str) -> float:
+        return 1 / 8
 
 
 @dataclass
@@ -186,17 +228,20 @@ class StepCost:
 
 
 def build_budget(draft_budget: int | str | DraftBudget, max_draft: int = 7) -> DraftBudget:
-    """``"auto"``, a fixed length, or a budget of the user's own.
+    """``"auto"``, ``"counts"``, a fixed length, or a budget of the user's own.
 
     Raises:
         ConfigurationError: neither of these.
     """
     if draft_budget == "auto":
         return AutoBudget(max_draft)
+    if draft_budget == "counts":
+        return CountBudget(max_draft)
     if isinstance(draft_budget, int) and draft_budget >= 0:
         return FixedBudget(draft_budget)
     if isinstance(draft_budget, (str, int)):
         raise ConfigurationError(
-            f"draft_budget={draft_budget!r} is wrong: give 'auto' or a whole number of at least 0"
+            f"draft_budget={draft_budget!r} is wrong: give 'auto', 'counts' or a whole number, "
+            "0 or more"
         )
     return draft_budget

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
+from retort.decode.draft import Draft, DraftContext
 from retort.decode.packed import PackedModel
+from retort.decode.processors import is_plain, shape_scores
+from retort.decode.sampling import DRAFT, TOKEN, draw
 from retort.errors import ConfigurationError
-
-
-@dataclass(frozen=True)
-class DraftContext:
-    """One row that may be drafted for: its id, all its tokens, and the longest useful draft."""
-
-    request_id: str
-    tokens: Sequence[int]
-    limit: int
 
 
 @runtime_checkable
@@ -31,8 +25,11 @@ class Drafter(Protocol):
 
     passes: bool
 
-    def propose(self, contexts: Sequence[DraftContext]) -> list[list[int]]:
-        """Return at most ``limit`` tokens for each context, in order; an empty list is fine."""
+    def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Draft | Sequence[int]]:
+        """Return at most ``limit`` tokens for each context, in order; an empty list is fine.
+
+        Tokens that were drawn and not copied go with their distributions as a `Draft`.
+        """
         ...
 
     def release(self, request_id: str) -> None:
@@ -99,9 +96,11 @@ class _SuffixIndex:
 
 
 class ModelDrafter:
-    """Greedy drafts of a small causal model with the target's vocabulary, all rows in one pass.
+    """Drafts of a small causal model with the target's vocabulary, all rows in one pass.
 
-    It keeps a row cache of its own, rewound to the accepted text before it drafts on.
+    Tokens are chosen as the target chooses its own: through the same processors, and when sampling
+    with the same noise (`coupled`) or with the drafter's own and q (`rejection`). The drafter keeps
+    a row cache, rewound to the accepted text before it drafts on.
 
     Args:
         model: a causal model of transformers or Retort.
@@ -115,17 +114,18 @@ class ModelDrafter:
         self._rows: dict[str, int] = {}
         self._fed: dict[str, list[int]] = {}
 
-    def propose(self, contexts: Sequence[DraftContext]) -> list[list[int]]:
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Draft ``limit`` tokens a row; rows drop out of the passes as they reach theirs."""
-        drafts: dict[str, list[int]] = {c.request_id: [] for c in contexts}
-        active = [c for c in contexts if c.limit > 0]
-        feeds = {c.request_id: self._catch_up(c) for c in active}
+        writings = [_Writing(c) for c in contexts]
+        active = [w for w in writings if w.context.limit > 0]
+        feeds = {w.context.request_id: self._catch_up(w.context) for w in active}
         while active:
-            for context, token in zip(active, self._next(active, feeds), strict=True):
-                drafts[context.request_id].append(token)
-                feeds[context.request_id] = [token]
-            active = [c for c in active if len(drafts[c.request_id]) < c.limit]
-        return list(drafts.values())
+            logits = self._forward([w.context.request_id for w in active], feeds)
+            best = torch.argmax(logits, -1).tolist()
+            for writing, row, token in zip(active, logits, best, strict=True):
+                feeds[writing.context.request_id] = [writing.choose(row, token)]
+            active = [w for w in active if len(w.tokens) < w.context.limit]
+        return [w.draft for w in writings]
 
     def release(self, request_id: str) -> None:
         """Free the row of a finished request."""
@@ -154,12 +154,43 @@ class ModelDrafter:
         del fed[keep:]
         return list(tokens[keep:])
 
-    def _next(self, active: Sequence[DraftContext], feeds: dict[str, list[int]]) -> list[int]:
-        ids = [c.request_id for c in active]
+    def _forward(self, ids: Sequence[str], feeds: dict[str, list[int]]) -> Tensor:
         logits = self.packed.forward([(self._rows[i], feeds[i]) for i in ids], [1] * len(ids))
         for i in ids:
             self._fed[i].extend(feeds[i])
-        return torch.argmax(logits, -1).tolist()
+        return logits
+
+
+class _Writing:
+    """One row's draft in the making."""
+
+    def __init__(self, context: DraftContext) -> None:
+        self.context = context
+        self.tokens: list[int] = []
+        self._probs: list[Tensor] = []
+
+    def choose(self, logits: Tensor, best: int) -> int:
+        """Add the next token; ``best`` is the argmax of ``logits`` ``[vocab]``."""
+        context, params = self.context, self.context.params
+        prompt = context.tokens[: context.prompt_length]
+        output = [*context.tokens[context.prompt_length :], *self.tokens]
+        token = best
+        if not is_plain(params, len(output)):
+            scores = shape_scores(logits, params, prompt, output, context.eos, drafting=True)
+            token = self._draw(scores, len(output)) if params.do_sample else int(scores.argmax())
+        self.tokens.append(token)
+        return token
+
+    @property
+    def draft(self) -> Draft:
+        """What was written, with q where tokens were drawn with noise of their own."""
+        return Draft(self.tokens, torch.stack(self._probs) if self._probs else None)
+
+    def _draw(self, scores: Tensor, index: int) -> int:
+        if self.context.coupled:
+            return int(draw(scores, self.context.key, index, TOKEN))
+        self._probs.append(scores.softmax(-1))
+        return int(draw(scores, self.context.key, index, DRAFT))
 
 
 def build_drafter(drafter: Any, target: Any) -> Drafter | None:

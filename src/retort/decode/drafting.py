@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retort.decode.budget import DraftBudget
-from retort.decode.drafter import DraftContext, Drafter, ModelDrafter, build_drafter
+from retort.decode.budget import Candidate, DraftBudget
+from retort.decode.draft import Draft, DraftContext, as_draft
+from retort.decode.drafter import Drafter, ModelDrafter, build_drafter
 from retort.decode.packed import PackedModel
-from retort.decode.profile import profile_passes
+from retort.decode.profile import pass_profile
 from retort.decode.request import Request
 from retort.errors import ConfigurationError
 
@@ -25,13 +26,16 @@ class Drafting:
             whose first is the default.
         target: the model that verifies; the budget learns what its passes cost.
         budget: gives draft lengths.
+        coupled: model drafters draw with the target's noise, see `DraftContext`.
 
     Raises:
         ConfigurationError: a drafter that cannot serve the target.
     """
 
-    def __init__(self, drafter: Any, target: PackedModel, budget: DraftBudget) -> None:
-        self.budget = budget
+    def __init__(
+        self, drafter: Any, target: PackedModel, budget: DraftBudget, coupled: bool = True
+    ) -> None:
+        self.budget, self._coupled = budget, coupled
         self._target = target
         self._vocab = target.model.config.get_text_config().vocab_size
         self._drafters = self._build(drafter)
@@ -57,26 +61,33 @@ class Drafting:
             )
         return name
 
-    def propose(self, rows: Sequence[Request]) -> list[list[int]]:
-        """Drafts of the decoding rows, in order; empty where nothing is worth verifying."""
-        drafts: dict[str, list[int]] = {row.id: [] for row in rows}
-        if any(row.drafter is not None for row in rows):
-            self._profile_once()
-        for name, drafter in self._drafters.items():
-            group = [row for row in rows if row.drafter == name]
-            if group:
-                others = len(rows) - len(group) + sum(map(len, drafts.values()))
-                drafts |= self._guarded(drafter, group, others)
-        return list(drafts.values())
+    def propose(self, rows: Sequence[Request]) -> list[Draft]:
+        """Drafts of the decoding rows, in order; empty where nothing is worth verifying.
+
+        Drafts that cost nothing are made first; then all rows' draft positions compete for the
+        step, and models draft as long as they were given.
+        """
+        if all(row.drafter is None for row in rows):
+            return [Draft() for _ in rows]
+        self._profile_once()
+        most = {row.id: max(min(self.budget.max_draft, row.room - 1), 0) for row in rows}
+        drafts = self._ask(rows, most, passes=False)
+        lengths = self._allocate(rows, most, drafts)
+        drafts |= self._ask(rows, lengths, passes=True)
+        return [drafts[row.id].cut(lengths[row.id]) for row in rows]
 
     def observe(self, request: Request, drafted: int, accepted: int) -> None:
         """A draft of the request was verified."""
-        self.budget.observe(request.id, drafted, accepted)
+        self.budget.observe(request.id, request.drafter or "", drafted, accepted)
+
+    def forget(self, request_id: str) -> None:
+        """Drop what drafters keep for a request; they begin again when they are asked again."""
+        for drafter in self._drafters.values():
+            drafter.release(request_id)
 
     def release(self, request_id: str) -> None:
         """The request is finished."""
-        for drafter in self._drafters.values():
-            drafter.release(request_id)
+        self.forget(request_id)
         self.budget.release(request_id)
 
     def close(self) -> None:
@@ -98,44 +109,57 @@ class Drafting:
             raise
         return built
 
+    def _allocate(
+        self, rows: Sequence[Request], most: Mapping[str, int], drafts: Mapping[str, Draft]
+    ) -> dict[str, int]:
+        """Draft lengths by request."""
+        candidates = []
+        for row in rows:
+            passes = row.drafter is not None and self._drafters[row.drafter].passes
+            wanted = most[row.id] if passes else len(drafts[row.id])
+            candidates.append(Candidate(row.id, row.drafter or "", wanted, passes))
+        lengths = self.budget.allocate(candidates)
+        return {c.row: min(n, c.wanted) for c, n in zip(candidates, lengths, strict=True)}
+
+    def _ask(
+        self, rows: Sequence[Request], limits: Mapping[str, int], passes: bool
+    ) -> dict[str, Draft]:
+        """Drafts by request of the drafters that cost passes, or of those that do not."""
+        drafts = {} if passes else {row.id: Draft() for row in rows}
+        for name, drafter in self._drafters.items():
+            group = [row for row in rows if row.drafter == name]
+            if group and drafter.passes == passes:
+                drafts |= self._guarded(name, group, limits)
+        return drafts
+
     def _guarded(
-        self, drafter: Drafter, rows: Sequence[Request], others: int
-    ) -> dict[str, list[int]]:
+        self, name: str, rows: Sequence[Request], limits: Mapping[str, int]
+    ) -> dict[str, Draft]:
         """A drafter that fails costs speed and never a request."""
+        drafter = self._drafters[name]
+        contexts = [DraftContext.of(row, limits[row.id], self._coupled) for row in rows]
+        started = time.perf_counter()
         try:
-            drafts = self._propose(drafter, rows, others)
+            drafts = [as_draft(d) for d in drafter.propose(contexts)]
+            fit = {c.request_id: self._fit(c, d) for c, d in zip(contexts, drafts, strict=True)}
         except Exception as error:
             warnings.warn(
                 f"{type(drafter).__name__} failed and drafts nothing in this step: {error}",
                 stacklevel=2,
             )
-            drafts = [[] for _ in rows]
-        return {row.id: self._fit(row, d) for row, d in zip(rows, drafts, strict=True)}
+            return {row.id: Draft() for row in rows}
+        depth = max(c.limit for c in contexts)
+        if drafter.passes and depth:
+            self.budget.time_draft(name, depth, time.perf_counter() - started)
+        return fit
 
-    def _propose(self, drafter: Drafter, rows: Sequence[Request], others: int) -> list[list[int]]:
-        ids = [row.id for row in rows]
-        wanted = [max(min(self.budget.max_draft, row.room - 1), 0) for row in rows]
-        if drafter.passes:
-            wanted = self.budget.allocate(ids, wanted, drafting=True, others=others)
-        started = time.perf_counter()
-        drafts = drafter.propose(
-            [DraftContext(row.id, row.tokens, w) for row, w in zip(rows, wanted, strict=True)]
-        )
-        if drafter.passes:
-            if any(wanted):
-                self.budget.time_draft(max(wanted), time.perf_counter() - started)
-            return drafts
-        lengths = self.budget.allocate(ids, [len(d) for d in drafts], drafting=False, others=others)
-        return [draft[:length] for draft, length in zip(drafts, lengths, strict=True)]
-
-    def _fit(self, row: Request, draft: Sequence[int]) -> list[int]:
+    def _fit(self, context: DraftContext, draft: Draft) -> Draft:
         """Cut what a drafter should not have proposed: too many tokens, or unknown ones."""
-        fit = list(draft[: max(min(self.budget.max_draft, row.room - 1), 0)])
-        bad = (i for i, token in enumerate(fit) if not 0 <= token < self._vocab)
-        return fit[: next(bad, len(fit))]
+        fit = draft.cut(context.limit)
+        bad = (i for i, token in enumerate(fit.tokens) if not 0 <= token < self._vocab)
+        return fit.cut(next(bad, len(fit)))
 
     def _profile_once(self) -> None:
         cost = getattr(self.budget, "cost", None)
         if cost is not None and not cost.seconds_at:
-            for tokens, seconds in profile_passes(self._target):
-                cost.record(tokens, seconds)
+            cost.seconds_at |= pass_profile(self._target)

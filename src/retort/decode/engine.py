@@ -9,25 +9,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from retort.decode.admission import Admission, Prompt, is_single
 from retort.decode.budget import build_budget
+from retort.decode.draft import Draft
 from retort.decode.drafting import DEFAULT, Drafting
 from retort.decode.faults import salvage
+from retort.decode.outputs import chunk, output
 from retort.decode.packed import PackedModel
 from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
 from retort.decode.scheduler import Plan, Scheduler
 from retort.decode.scoring import score_prompts, wanted
 from retort.decode.stats import EngineStats
 from retort.decode.stopping import extend
-from retort.decode.verify import verify
-from retort.errors import ConfigurationError
+from retort.decode.support import check_supported
+from retort.decode.verify import RULES, verify
+from retort.errors import ConfigurationError, RetortError
 
-Drafts = list[list[int]]
+Drafts = list[Draft]
 
 
 class Engine:
@@ -39,13 +41,18 @@ class Engine:
         drafter: None, "prompt-lookup", a model name, folder or module, or a `Drafter`; a mapping
             of names to these offers several, the first by default.
         max_batch_size: rows that decode at once; more prompts wait.
-        draft_budget: "auto" lets each row's draft length follow what pays, 0 included; a number
-            fixes it.
+        draft_budget: "auto" lets each row's draft length follow what pays, 0 included; "counts"
+            does so without a clock; a number fixes it.
+        verification: how drafts of sampled rows are judged: "coupled" (the same text as without
+            drafts) or "rejection" (the same distribution), see `retort.decode.sampling`.
         tape: for recurrent models, "draft" or "completion": how far a row can be rewound.
         cpu_backend: "auto", "native" or "torch", see `PackedModel`.
         release_weights: keep packed weights only while the engine lives, so that memory does not
             double; `from_pretrained` does so.
         max_prefill_tokens: prompt tokens that one pass reads beside the decoding rows.
+        max_cached_tokens: tokens that the rows in work may hold together, drafts included; the
+            youngest rows make room and go on later. Held rows do not count.
+        debug: check the caches whenever the engine is idle, and record what is scheduled.
 
     Raises:
         UnsupportedModelError: the model's architecture is not handled; nothing was changed.
@@ -59,25 +66,31 @@ class Engine:
         drafter: Any = None,
         max_batch_size: int = 16,
         draft_budget: Any = "auto",
+        verification: str = "coupled",
         tape: str = "draft",
         cpu_backend: str = "auto",
         max_prefill_tokens: int = 512,
+        max_cached_tokens: int | None = None,
         release_weights: bool = False,
+        debug: bool = False,
     ) -> None:
-        if max_batch_size < 1:
-            raise ConfigurationError(f"max_batch_size={max_batch_size} must be at least 1")
+        if verification not in RULES:
+            raise ConfigurationError(f"verification={verification!r} must be one of {RULES}")
+        self.verification, self.debug = verification, debug
         self.model, self.tokenizer = model, tokenizer
         self._admission = Admission(model, tokenizer)
         self.budget = build_budget(draft_budget)
+        self.scheduler = Scheduler(
+            max_batch_size, max_prefill_tokens, max_cached_tokens, self.budget.max_draft, debug
+        )
         self.target = self._build_target(
             tape=tape, cpu_backend=cpu_backend, release_weights=release_weights
         )
         try:
-            self.drafting = Drafting(drafter, self.target, self.budget)
+            self.drafting = Drafting(drafter, self.target, self.budget, verification == "coupled")
         except BaseException:
             self.target.close()
             raise
-        self.scheduler = Scheduler(max_batch_size, max_prefill_tokens)
         self.stats = EngineStats()
         self._requests: dict[str, Request] = {}
         self._count = 0
@@ -93,8 +106,9 @@ class Engine:
         **options: Any,
     ) -> Engine:
         """Load a zoo name, hub id or folder, refusing what is not supported before any weight."""
-        from retort.models.zoo import load_model, load_tokenizer
+        from retort.models.zoo import load_config, load_model, load_tokenizer
 
+        check_supported(load_config(model_name_or_path, trust_remote_code=trust_remote_code))
         model: Any = load_model(
             model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -104,7 +118,7 @@ class Engine:
 
     # One call for many prompts
     def generate(self, prompts: Any, **sampling: Any) -> list[RequestOutput]:
-        """Complete prompts and return outputs in their order.
+        """Complete prompts and return outputs in their order, ``n`` of each prompt together.
 
         Args:
             prompts: a prompt or a list of them: text, token ids, or chat messages.
@@ -120,7 +134,10 @@ class Engine:
         return [outputs[i] for i in ids]
 
     def stream(self, prompts: Any, **sampling: Any) -> Iterator[Chunk]:
-        """Complete prompts and give text as soon as it is certain; rows interleave."""
+        """Complete prompts and give text as soon as it is certain; rows interleave.
+
+        A chunk's index is the place of its output in what `generate` would return.
+        """
         ids = self._add_all(prompts, sampling)
         sent = {rid: len(self._requests[rid].prompt) for rid in ids}
         order = {rid: index for index, rid in enumerate(ids)}
@@ -128,7 +145,7 @@ class Engine:
         try:
             while live:
                 self.step()
-                yield from (c for r in live if (c := _chunk(r, order[r.id], sent)) is not None)
+                yield from (c for r in live if (c := chunk(r, order[r.id], sent)) is not None)
                 live = [r for r in live if r.finish_reason is None]
         finally:
             self._abandon(ids)
@@ -142,12 +159,14 @@ class Engine:
         hold: bool = False,
         request_id: str | None = None,
         drafter: str | None = DEFAULT,
+        sample: int = 0,
     ) -> str:
         """Queue a prompt and return its id.
 
         Args:
             hold: keep the row after it finishes, for `rewind`; let it go with `release`.
             drafter: name of one of the engine's drafters; None decodes this request plainly.
+            sample: which of the ``params.n`` samples this one request is; each has its own noise.
 
         Raises:
             ConfigurationError: the prompt is empty, too long or holds unknown ids; a known id.
@@ -158,7 +177,8 @@ class Engine:
         request = self._admission.request(
             request_id, self._count, prompt, params or SamplingParams(), hold
         )
-        request.drafter = self.drafting.resolve(drafter)
+        request.drafter, request.sample = self.drafting.resolve(drafter), sample
+        self.scheduler.check(request_id, request.limit)
         self._requests[request_id] = request
         self._count += 1
         self.scheduler.add(request)
@@ -196,17 +216,11 @@ class Engine:
             RewindError: a recurrent row whose tape does not reach back that far.
         """
         request = self._held(request_id)
-        if not len(request.prompt) <= length <= len(request.tokens):
-            raise ConfigurationError(
-                f"{request_id} can keep {len(request.prompt)} (its prompt) to "
-                f"{len(request.tokens)} tokens, not {length}"
-            )
+        limit = request.limit if max_new_tokens is None else length + len(append) + max_new_tokens
+        self.scheduler.check(request_id, limit)
+        request.check_kept(length)
         self._rewind_row(request, length if append else length - 1)
-        request.tokens = [*request.tokens[:length], *append]
-        del request.logprobs[length - len(request.prompt) :]
-        if max_new_tokens is not None:
-            request.limit = len(request.tokens) + max_new_tokens
-        request.finish_reason = None
+        request.reopen(length, append, limit)
         self._admission.limit(request)
         self._admission.replay(request)
         self.scheduler.add(request)
@@ -229,6 +243,17 @@ class Engine:
         request.finish_reason = request.finish_reason or "abort"
         return self._finish(request, hold=False)
 
+    def check(self) -> None:
+        """Check the caches' integrity between passes.
+
+        Raises:
+            RetortError: a cache holds what it should not; that is a fault of Retort.
+        """
+        self.target.cache.check()
+        rows = sorted(r.row for r in self._requests.values() if r.row >= 0)
+        if rows != list(self.target.cache.rows):
+            raise RetortError(f"the cache holds rows {self.target.cache.rows}, requests {rows}")
+
     def close(self) -> None:
         """Let every row go; the model is as it was given."""
         for request in list(self._requests.values()):
@@ -244,16 +269,17 @@ class Engine:
 
     # The parts of a step
     def _schedule(self) -> Plan:
-        for request in self.scheduler.admit():
-            if request.row < 0:
-                request.row = self.target.add_row()
-            if request.room <= 0 and request.params.prompt_logprobs is None:
-                request.finish_reason = "length"
-        return self.scheduler.plan()
+        plan = self.scheduler.schedule()
+        for request in plan.preempted:
+            self._park(request)
+        for request in plan.admitted:
+            self._seat(request)
+        return plan
 
     def _forward(self, plan: Plan, drafts: Drafts) -> Tensor | None:
         feeds = [(p.request.row, p.tokens) for p in plan.prefills]
-        feeds += [(r.row, [*r.pending, *d]) for r, d in zip(plan.decodes, drafts, strict=True)]
+        decodes = zip(plan.decodes, drafts, strict=True)
+        feeds += [(row.row, [*row.pending, *draft.tokens]) for row, draft in decodes]
         if not feeds:
             return None
         keep = [wanted(p) for p in plan.prefills] + [1 + len(d) for d in drafts]
@@ -274,23 +300,26 @@ class Engine:
         if logits is None:
             return
         ready = [p.request for p in plan.prefills if p.last]
-        requests, drafts = ready + plan.decodes, [[] for _ in ready] + drafts
-        gains = verify(requests, drafts, logits)
+        requests, drafts = ready + plan.decodes, [Draft() for _ in ready] + drafts
+        gains = verify(requests, drafts, logits, self.verification)
         for request, draft, tokens in zip(requests, drafts, gains, strict=True):
             self._emit(request, draft, tokens)
 
-    def _emit(self, request: Request, draft: list[int], tokens: list[int]) -> None:
+    def _emit(self, request: Request, draft: Draft, tokens: list[int]) -> None:
         taken = extend(request, tokens)
         del request.logprobs[len(request.output) :]
         request.stats.steps += 1
-        if draft:
+        if draft.tokens:
             self._record_draft(request, len(draft), max(len(tokens) - 1, 0))
         self._rewind_row(request, len(request.tokens) - 1)
         self.stats.generated_tokens += len(taken)
 
     def _retire(self) -> list[RequestOutput]:
         done = [r for r in self.scheduler.running if r.finish_reason is not None]
-        return [self._finish(r, hold=r.hold) for r in done]
+        outputs = [self._finish(r, hold=r.hold) for r in done]
+        if self.debug and self.scheduler.idle:
+            self.check()
+        return outputs
 
     # Details
     def _build_target(self, **options: Any) -> PackedModel:
@@ -300,7 +329,7 @@ class Engine:
         params = sampling.pop("params", None) or SamplingParams.build(**sampling)
         many = [prompts] if is_single(prompts) else list(prompts)
         ids = [self._admission.encode(p) for p in many]  # all are checked before one is queued
-        return [self.add_request(p, params) for p in ids]
+        return [self.add_request(p, params, sample=i) for p in ids for i in range(params.n)]
 
     def _abandon(self, ids: Sequence[str]) -> None:
         for rid in ids:
@@ -321,6 +350,22 @@ class Engine:
             )
         return request
 
+    def _park(self, request: Request) -> None:
+        """Take a preempted row out of the cache."""
+        request.parked = self.target.cache.park(request.row)
+        request.row = -1
+        if request.parked is None:
+            request.fed = 0
+        self.drafting.forget(request.id)
+        self.stats.preemptions += 1
+
+    def _seat(self, request: Request) -> None:
+        """Give a request its row, unless it was held."""
+        cache = self.target.cache
+        if request.row < 0:
+            parked, request.parked = request.parked, None
+            request.row = cache.add_row() if parked is None else cache.unpark(parked)
+
     def _rewind_row(self, request: Request, length: int) -> None:
         if request.row >= 0:
             if self.target.length(request.row) > length:
@@ -329,10 +374,10 @@ class Engine:
 
     def _finish(self, request: Request, hold: bool) -> RequestOutput:
         self.scheduler.remove(request)
-        output = self._output(request)
+        finished = output(request, self._admission.text(request))
         if not hold:
             self._free(request)
-        return output
+        return finished
 
     def _free(self, request: Request) -> None:
         self.scheduler.remove(request)
@@ -341,52 +386,17 @@ class Engine:
             self.target.free_row(request.row)
         self.drafting.release(request.id)
 
-    def _output(self, request: Request) -> RequestOutput:
-        return RequestOutput(
-            index=request.index,
-            request_id=request.id,
-            prompt_token_ids=list(request.prompt),
-            token_ids=request.output,
-            text=self._admission.text(request),
-            finish_reason=request.finish_reason,
-            stats=replace(request.stats),
-            logprobs=None if request.params.logprobs is None else list(request.logprobs),
-            error=request.error,
-            prompt_logprobs=(
-                None if request.params.prompt_logprobs is None else list(request.prompt_logprobs)
-            ),
-        )
-
     @contextmanager
     def _clock(self, plan: Plan) -> Iterator[None]:
         """Count a step; only steps without prompt slices tell the decoding speed."""
         started, before = time.perf_counter(), self.stats.generated_tokens
         yield
-        seconds, stats = time.perf_counter() - started, self.stats
-        stats.steps += 1
-        stats.packed_tokens = self.target.forward_tokens
-        stats.padding_tokens = self.target.padding_tokens
-        if plan.prefills:
-            stats.prefill_seconds += seconds
-            return
-        stats.decode_seconds += seconds
-        stats.decode_tokens += stats.generated_tokens - before
-        stats.row_steps += len(plan.decodes)
+        seconds, new = time.perf_counter() - started, self.stats.generated_tokens - before
+        self.stats.packed_tokens = self.target.forward_tokens
+        self.stats.padding_tokens = self.target.padding_tokens
+        self.stats.record_step(seconds, len(plan.decodes), new, prompts=bool(plan.prefills))
 
     def _record_draft(self, request: Request, length: int, accepted: int) -> None:
-        request.stats.drafts += 1
-        request.stats.draft_tokens += length
-        request.stats.accepted_tokens += accepted
+        request.stats.record_draft(length, accepted)
         self.stats.record_draft(length, accepted)
         self.drafting.observe(request, length, accepted)
-
-
-def _chunk(request: Request, index: int, sent: dict[str, int]) -> Chunk | None:
-    """What is new of a row since the last chunk, or None."""
-    tokens = request.tokens[sent[request.id] :]
-    if not tokens and request.finish_reason is None:
-        return None
-    sent[request.id] = len(request.tokens)
-    last = request.finish_reason is not None
-    text = "" if request.text is None else request.text.take(last)
-    return Chunk(index, request.id, text, tokens, request.finish_reason)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retort.decode.draft import Draft
 from retort.decode.packed import PackedModel
 from retort.decode.request import Request
 from retort.decode.scheduler import Plan
@@ -22,7 +23,7 @@ class _Work:
 
 
 def salvage(
-    target: PackedModel, plan: Plan, drafts: list[list[int]], keep: list[int], error: Exception
+    target: PackedModel, plan: Plan, drafts: list[Draft], keep: list[int], error: Exception
 ) -> Tensor:
     """Repeat a failed pass in smaller ones, without drafts, and leave out the rows that fail alone.
 
@@ -50,7 +51,7 @@ def salvage(
         raise error
     plan.prefills = [p for p in plan.prefills if p.request.finish_reason is None]
     plan.decodes = [r for r in plan.decodes if r.finish_reason is None]
-    drafts[:] = [[] for _ in plan.decodes]
+    drafts[:] = [Draft() for _ in plan.decodes]
     keep[:] = [work.keep for work, _ in saved]
     return torch.cat([logits for _, logits in saved])
 

@@ -145,6 +145,15 @@ class RectangularCache(AttentionRowCache):
     def _rewind(self, row: int, length: int) -> None:
         del self._columns[row][length:]
 
+    def _copy_rows(self, order: Sequence[int]) -> None:
+        columns = dict(self._columns)
+        self._columns = {i: list(columns[row]) for i, row in enumerate(order)}
+        self._layers = {n: store[:, torch.tensor(order)] for n, store in self._layers.items()}
+
+    def _faults(self) -> list[str]:
+        rows = self._lengths.items()
+        return [f"row {r} has {n} tokens" for r, n in rows if n != len(self._columns[r])]
+
     def _reserve(self, layout: PackedRows) -> None:
         self._end = 1 + max((c[-1] for c in self._columns.values() if c), default=-1)
         self._width = max(layout.counts)

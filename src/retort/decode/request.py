@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from retort.errors import ConfigurationError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+LogitsProcessor = Callable[[Sequence[int], Any], Any]
+StoppingCriterion = Callable[[Sequence[int]], bool]
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,17 @@ class SamplingParams:
         repetition_penalty: over prompt and output (Hugging Face).
         presence_penalty, frequency_penalty: over the output only (OpenAI).
         logit_bias: added to the logits of the given token ids.
+        bad_words_ids: token sequences that are never generated.
+        logits_processors: functions of (all tokens of the row, scores ``[vocab]``) that return new
+            scores; they are called once for each token, in order, before temperature. Drafts are
+            made without them unless they have an attribute ``stateless`` that is true.
+        stopping_criteria: functions of all tokens of the row, called after each token; the row
+            ends where one returns True.
         eos_token_id: one id or several that end the row; None takes the model's.
         ignore_eos: go on after an end-of-sequence token.
         stop_strings: text that ends the row; the output's text ends before it.
         seed: with the same seed a sampled row is the same text in any company, with any drafter.
+        n: outputs of `Engine.generate` for each prompt; each draws noise of its own.
         logprobs: give the log-probability of every token, and of this many alternatives.
         prompt_logprobs: the same for the prompt's tokens.
 
@@ -45,10 +55,14 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
+    bad_words_ids: list[list[int]] | None = None
+    logits_processors: Sequence[LogitsProcessor] = ()
+    stopping_criteria: Sequence[StoppingCriterion] = ()
     eos_token_id: int | list[int] | None = None
     ignore_eos: bool = False
     stop_strings: str | list[str] | None = None
     seed: int = 0
+    n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -75,6 +89,11 @@ class SamplingParams:
         given = self.stop_strings
         return () if given is None else (given,) if isinstance(given, str) else tuple(given)
 
+    @property
+    def bad_words(self) -> Sequence[Sequence[int]]:
+        """The forbidden sequences, empty without any."""
+        return self.bad_words_ids or ()
+
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("max_new_tokens", _whole(self.max_new_tokens, 0), "a whole number of at least 0"),
@@ -94,6 +113,23 @@ class SamplingParams:
             ),
             ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
+            (
+                "bad_words_ids",
+                all(words and all(_whole(t, 0) for t in words) for words in self.bad_words),
+                "a list of non-empty lists of token ids",
+            ),
+            (
+                "logits_processors",
+                all(map(callable, self.logits_processors)),
+                "a list of functions of (tokens, scores)",
+            ),
+            (
+                "stopping_criteria",
+                all(map(callable, self.stopping_criteria)),
+                "a list of functions of the row's tokens",
+            ),
+            ("seed", _integer(self.seed), "a whole number"),
+            ("n", _whole(self.n, 1), "a whole number of at least 1"),
             ("stop_strings", all(isinstance(s, str) and s for s in self.stops), "non-empty text"),
             ("logprobs", _count_or_none(self.logprobs), "None or a whole number of at least 0"),
             (
@@ -113,13 +149,20 @@ class RequestStats:
     draft_tokens: int = 0
     accepted_tokens: int = 0
 
+    def record_draft(self, length: int, accepted: int) -> None:
+        """Count one verified draft."""
+        self.drafts += 1
+        self.draft_tokens += length
+        self.accepted_tokens += accepted
+
 
 @dataclass
 class RequestOutput:
     """A finished request.
 
     Attributes:
-        index: place of the prompt in the call (order of `add_request` otherwise).
+        index: place of the request in the order of `Engine.add_request`.
+        sample: which of the ``n`` outputs of its prompt this is.
         token_ids: generated ids, an end-of-sequence token included.
         text: decoded without special tokens, cut before a stop string.
         finish_reason: "stop", "length", "abort" or "error".
@@ -138,6 +181,7 @@ class RequestOutput:
     logprobs: list[dict[int, float]] | None = None
     error: str | None = None
     prompt_logprobs: list[dict[int, float]] | None = None
+    sample: int = 0
 
 
 @dataclass
@@ -153,7 +197,13 @@ class Chunk:
 
 @dataclass(eq=False)
 class Request:
-    """A request inside the engine: its tokens and how many of them the cache already holds."""
+    """A request inside the engine: its tokens and how many of them the cache already holds.
+
+    Attributes:
+        sample, round: which of ``n`` samples this is, and how often the row was taken back; both
+            are part of its noise.
+        parked: what the cache needs to take a preempted row in again, where it is not recomputed.
+    """
 
     id: str
     index: int
@@ -162,7 +212,10 @@ class Request:
     eos: frozenset[int]
     hold: bool = False
     drafter: str | None = None
+    sample: int = 0
+    round: int = 0
     row: int = -1
+    parked: Any = None
     fed: int = 0
     limit: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -197,9 +250,32 @@ class Request:
         """How many more tokens may be generated."""
         return self.limit - len(self.tokens)
 
+    def check_kept(self, length: int) -> None:
+        """Refuse to take the row back to ``length`` tokens where it never stood.
+
+        Raises:
+            ConfigurationError: it would lose tokens of the prompt, or keep some that are not there.
+        """
+        if not len(self.prompt) <= length <= len(self.tokens):
+            raise ConfigurationError(
+                f"{self.id} can keep {len(self.prompt)} (its prompt) to {len(self.tokens)} tokens, "
+                f"not {length}"
+            )
+
+    def reopen(self, length: int, append: Sequence[int], limit: int) -> None:
+        """Keep ``length`` tokens, add some, and go on to ``limit`` with noise of its own."""
+        self.tokens = [*self.tokens[:length], *append]
+        del self.logprobs[length - len(self.prompt) :]
+        self.limit, self.finish_reason = limit, None
+        self.round += 1
+
 
 def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return _integer(value) and value >= least
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _count_or_none(value: Any) -> bool:

@@ -1,67 +1,87 @@
-"""From logits to the target's token: penalties, truncation and counter-based Gumbel noise.
+"""Drawing tokens with counter-based noise, and the two rules by which drafts are judged.
 
-`coupled` sampling (our choice, on the idea of drafter-invariant speculation by Gumbel coupling,
-Daliri, Musco and Suresh 2024): the token is ``argmax(log p + g)`` where ``g`` depends only on
-(seed, generated index, token id). The text is then a function of seed and logits alone, and a
+`coupled` (our choice, on the idea of drafter-invariant speculation by Gumbel coupling, Daliri,
+Musco and Suresh 2024): the token is ``argmax(log p + g)`` where ``g`` depends only on
+(key, generated index, token id). The text is then a function of key and logits alone, and a
 draft is right exactly when it equals that token: speculation cannot change what is sampled.
+
+`rejection` (speculative sampling, Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023,
+arXiv 2302.01318): a draft x from q is accepted with probability min(1, p(x)/q(x)), otherwise the
+token comes from the positive part of p − q. Equal in distribution, not in text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-from retort.decode.request import SamplingParams
 
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
+# Independent streams of noise for one generated index.
+TOKEN, DRAFT, ACCEPT, RESAMPLE = range(4)
 
-def choose(
-    logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], eos: set
-) -> int:
-    """The token that plain decoding takes after ``prompt + output``; ``logits`` is ``[vocab]``."""
-    scores = shape_scores(logits, params, prompt, output, eos)
-    if params.do_sample:
-        kept = torch.nonzero(scores > -torch.inf)[:, 0]
-        noise = gumbel(params.seed, len(output), kept)
-        return int(kept[torch.argmax(scores[kept] + noise)])
-    return int(torch.argmax(scores))
+Number = int | Tensor
 
 
-def shape_scores(
-    logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], eos: set
-) -> Tensor:
-    """Log-probabilities up to a constant, float64 ``[vocab]``, in Hugging Face's order.
+def draw(scores: Tensor, key: Number, index: Number, stream: int = TOKEN) -> Tensor:
+    """Tokens ``[...]`` from ``softmax(scores)``: ``argmax(scores + g)``.
 
-    Penalties and bias, minimum length, then (when sampling) temperature, top-k, top-p, min-p.
+    Args:
+        scores: ``[vocab]``, or ``[n, vocab]`` with n keys.
+        key, index: numbers, or int64 ``[n, 1]``.
     """
-    scores = logits.to(torch.float64, copy=True)
-    _penalise(scores, params, prompt, output)
-    if len(output) < params.min_new_tokens:
-        scores[list(eos)] = -torch.inf
-    return _truncate(scores / params.temperature, params) if params.do_sample else scores
+    kept = (scores > -torch.inf).reshape(-1, scores.shape[-1]).any(0).nonzero()[:, 0]
+    return kept[torch.argmax(scores[..., kept] + gumbel(key, index, kept, stream), -1)]
 
 
-def is_plain(params: SamplingParams, generated: int) -> bool:
-    """Whether the token is the bare argmax of the logits (``generated`` tokens exist so far)."""
-    return (
-        not params.do_sample
-        and not params.logit_bias
-        and generated >= params.min_new_tokens
-        and params.repetition_penalty == 1.0
-        and params.presence_penalty == params.frequency_penalty == 0.0
-    )
+def accepts(p: Tensor, q: Tensor, draft: Tensor, key: Number, index: Number) -> Tensor:
+    """Whether drafts are accepted, with probability min(1, p/q).
+
+    Args:
+        p, q: probabilities ``[..., vocab]`` of the target, and of what the draft was drawn from.
+        draft: int64 ``[..., 1]``.
+
+    Returns:
+        Bool ``[..., 1]``.
+    """
+    uniform = _uniform(_bits(key, index, torch.zeros(1, dtype=torch.int64), ACCEPT))
+    return uniform * q.gather(-1, draft) < p.gather(-1, draft)
 
 
-def gumbel(seed: int, index: int, tokens: Tensor) -> Tensor:
-    """Standard Gumbel noise, float64, a pure function of (seed, index, token id)."""
-    key = _mix(torch.tensor(_wrap(seed)) * _GOLDEN + _wrap(index))
-    bits = _mix(_mix(tokens.to(torch.int64) * _GOLDEN + key) + _GOLDEN)
-    uniform = (_shift(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
-    return -torch.log(-torch.log(uniform))
+def resample(p: Tensor, q: Tensor, key: Number, index: Number) -> Tensor:
+    """Tokens ``[...]`` from the positive part of p − q; from p where rounding leaves nothing."""
+    residual = (p - q).clamp_min(0)
+    nothing = residual.sum(-1, keepdim=True) <= 0
+    return draw(torch.where(nothing, p, residual).log(), key, index, RESAMPLE)
+
+
+def one_hot(draft: Tensor, like: Tensor) -> Tensor:
+    """The q of drafts ``[..., 1]`` that were not drawn but given, shaped as ``like``."""
+    return torch.zeros_like(like).scatter(-1, draft, 1.0)
+
+
+def gumbel(key: Number, index: Number, tokens: Tensor, stream: int = TOKEN) -> Tensor:
+    """Standard Gumbel noise, float64, a pure function of (key, index, stream, token id)."""
+    return -torch.log(-torch.log(_uniform(_bits(key, index, tokens, stream))))
+
+
+def stream_key(seed: int, sample: int = 0, round_: int = 0) -> int:
+    """The key of one of ``n`` samples, and of one round of rewinding; ``seed`` itself for 0, 0."""
+    if sample == round_ == 0:
+        return seed
+    mixed = _mix(_mix(_int64(seed)) + sample * _GOLDEN)
+    return int(_mix(mixed + round_ * _GOLDEN + 1))
+
+
+def _bits(key: Number, index: Number, tokens: Tensor, stream: int) -> Tensor:
+    state = _mix(_mix(_int64(key) * _GOLDEN + _int64(index)) + stream * _GOLDEN)
+    return _mix(_mix(tokens.to(torch.int64) * _GOLDEN + state.to(tokens.device)) + _GOLDEN)
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """53-bit uniforms inside (0, 1)."""
+    return (_shift(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -76,33 +96,9 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _int64(number: Number) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.tensor(_wrap(number))
+
+
 def _wrap(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
-
-
-def _penalise(
-    scores: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
-) -> None:
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*prompt, *output}), device=scores.device)
-        old, penalty = scores[seen], params.repetition_penalty
-        scores[seen] = torch.where(old < 0, old * penalty, old / penalty)
-    if output and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(list(output), device=scores.device).unique(return_counts=True)
-        scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    for token, bias in (params.logit_bias or {}).items():
-        scores[token] += bias
-
-
-def _truncate(scores: Tensor, params: SamplingParams) -> Tensor:
-    if 0 < params.top_k < len(scores):
-        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
-    if params.top_p < 1.0:
-        ordered, order = scores.sort()
-        drop = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
-        drop[-1] = False
-        scores[order[drop]] = -torch.inf
-    if params.min_p > 0.0:
-        probs = scores.softmax(-1)
-        scores = scores.masked_fill(probs < params.min_p * probs.max(), -torch.inf)
-    return scores

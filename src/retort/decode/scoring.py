@@ -56,4 +56,5 @@ def score_prompts(plan: Plan, keep: Sequence[int], logits: Tensor) -> Tensor:
 
 def _record(request: Request, logits: Tensor) -> None:
     following = request.prompt[request.fed + 1 : request.fed + 1 + len(logits)]
-    request.prompt_logprobs += entries(logits, following, request.params.prompt_logprobs or 0)
+    found = entries(logits, following, request.params.prompt_logprobs or 0)
+    request.prompt_logprobs[request.fed : request.fed + len(found)] = found  # may be read again

@@ -18,6 +18,7 @@ class EngineStats:
         accepted_per_position: how often the draft's 1st, 2nd, … token was accepted.
         packed_tokens, padding_tokens: tokens through the linear layers, and how many were padding.
         decode_seconds, prefill_seconds: time in passes without and with prompt slices.
+        preemptions: rows that had to leave the cache for a while.
     """
 
     steps: int = 0
@@ -33,6 +34,7 @@ class EngineStats:
     decode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
+    preemptions: int = 0
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -53,6 +55,19 @@ class EngineStats:
     def tokens_per_second(self) -> float:
         """Decoding speed, prompts excluded."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def record_step(self, seconds: float, rows: int, new: int, prompts: bool) -> None:
+        """Count a pass in which ``rows`` decoded ``new`` tokens, with prompt slices or without.
+
+        Only passes without prompt slices tell the decoding speed.
+        """
+        self.steps += 1
+        if prompts:
+            self.prefill_seconds += seconds
+            return
+        self.decode_seconds += seconds
+        self.decode_tokens += new
+        self.row_steps += rows
 
     def record_draft(self, length: int, accepted: int) -> None:
         """Count one verified draft."""

@@ -1,8 +1,9 @@
-"""Verification: which draft tokens plain decoding would have produced, row by row.
+"""Verification: which draft tokens stand, row by row.
 
-Greedy and `coupled` sampling share one rule: the target's own token is computed at each position
-as if the drafts before it were its text; a draft is accepted while it equals that token, and the
-first token that differs (or the one after the last draft) is the target's own.
+A position is looked at only when every draft before it stands, so its context is the row's true
+text: processors see what plain decoding would show them, once for each token. Greedy and `coupled`
+rows compute the target's own token and compare; `rejection` weighs p against q. Either way the
+first token that differs from its draft (or the one after the last draft) ends the row's gain.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from retort.decode.draft import Draft, row_key
+from retort.decode.processors import is_plain, shape_scores
 from retort.decode.request import Request
-from retort.decode.sampling import choose, is_plain
+from retort.decode.sampling import accepts, draw, one_hot, resample
 from retort.decode.scoring import entries
 
+RULES = ("coupled", "rejection")
 
-def verify(requests: Sequence[Request], drafts: Sequence[list[int]], logits: Tensor) -> list:
+
+def verify(
+    requests: Sequence[Request], drafts: Sequence[Draft], logits: Tensor, rule: str = "coupled"
+) -> list[list[int]]:
     """Tokens that each row gains.
 
     Args:
         requests: the rows that decode in this pass.
-        drafts: the draft tokens of each row that the pass verified.
+        drafts: what the pass verified of each row.
         logits: ``[Σ (1 + len(draft)), vocab]`` in row order.
+        rule: for sampled rows, "coupled" or "rejection", see `retort.decode.sampling`.
 
     A row whose processing fails gains nothing and gets the finish reason "error".
     """
@@ -31,34 +39,54 @@ def verify(requests: Sequence[Request], drafts: Sequence[list[int]], logits: Ten
     emitted, at = [], 0
     for request, draft in zip(requests, drafts, strict=True):
         end = at + len(draft) + 1
-        emitted.append(_guarded(request, draft, logits[at:end], best[at:end]))
+        emitted.append(_guarded(request, draft, logits[at:end], best[at:end], rule))
         at = end
     return emitted
 
 
-def _guarded(request: Request, draft: list[int], logits: Tensor, best: list[int]) -> list[int]:
+def _guarded(
+    request: Request, draft: Draft, logits: Tensor, best: list[int], rule: str
+) -> list[int]:
     """A fault in one row's processing ends that row alone."""
     try:
-        return _verify_row(request, draft, logits, best)
+        return _verify_row(request, draft, logits, best, rule)
     except Exception as error:
         request.finish_reason, request.error = "error", f"{type(error).__name__}: {error}"
         return []
 
 
-def _verify_row(request: Request, draft: list[int], logits: Tensor, best: list[int]) -> list[int]:
+def _verify_row(
+    request: Request, draft: Draft, logits: Tensor, best: list[int], rule: str
+) -> list[int]:
     tokens: list[int] = []
-    for i, guess in enumerate([*draft, None]):
+    for i, guess in enumerate([*draft.tokens, None]):
         output = request.output + tokens
-        token = (
-            best[i]
-            if is_plain(request.params, len(output))
-            else choose(logits[i], request.params, request.prompt, output, set(request.eos))
-        )
+        if is_plain(request.params, len(output)):
+            token = best[i]
+        else:
+            scores = shape_scores(logits[i], request.params, request.prompt, output, request.eos)
+            token = _token(request, scores, len(output), draft, i, rule)
         tokens.append(token)
         if token != guess:
             break
     _record_logprobs(request, logits, tokens)
     return tokens
+
+
+def _token(
+    request: Request, scores: Tensor, index: int, draft: Draft, place: int, rule: str
+) -> int:
+    """The row's token at one position; ``scores`` is ``[vocab]``."""
+    if not request.params.do_sample:
+        return int(torch.argmax(scores))
+    if rule == "coupled" or place == len(draft):
+        return int(draw(scores, row_key(request), index))
+    p, key = scores.softmax(-1), row_key(request)
+    guess = torch.tensor([draft.tokens[place]], device=p.device)
+    q = one_hot(guess, p) if draft.probs is None else draft.probs[place].to(p)
+    if accepts(p, q, guess, key, index):
+        return int(guess)
+    return int(resample(p, q, key, index))
 
 
 def _record_logprobs(request: Request, logits: Tensor, tokens: list[int]) -> None:

@@ -1,0 +1,108 @@
+"""What shapes the distribution that a token comes from, in the order of transformers' generate.
+
+Bias, penalties, forbidden words, minimum length, the caller's own processors; then, when
+sampling, temperature, top-k, top-p and min-p. Target and drafts go through the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from retort.decode.request import SamplingParams
+
+_NUCLEUS = 256  # tokens sorted first; nearly always enough, and far cheaper than a whole sort
+
+
+def shape_scores(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    eos: Collection[int],
+    drafting: bool = False,
+) -> Tensor:
+    """Log-probabilities up to a constant, float64 ``[vocab]``, of the token after the output.
+
+    Args:
+        logits: ``[vocab]``.
+        drafting: leave out processors of the caller that are not marked ``stateless``.
+    """
+    scores = logits.to(torch.float64, copy=True)
+    for token, bias in (params.logit_bias or {}).items():
+        scores[token] += bias
+    _penalise(scores, params, prompt, output)
+    _forbid(scores, params, [*prompt, *output] if params.bad_words else (), eos)
+    if len(output) < params.min_new_tokens:
+        scores[list(eos)] = -torch.inf
+    for process in params.logits_processors:
+        if not drafting or getattr(process, "stateless", False):
+            scores = process([*prompt, *output], scores)
+    return truncate(scores / params.temperature, params) if params.do_sample else scores
+
+
+def is_plain(params: SamplingParams, generated: int) -> bool:
+    """Whether the token is the bare argmax of the logits (``generated`` tokens exist so far)."""
+    return (
+        not params.do_sample
+        and not params.logit_bias
+        and not params.bad_words
+        and not params.logits_processors
+        and generated >= params.min_new_tokens
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == params.frequency_penalty == 0.0
+    )
+
+
+def truncate(scores: Tensor, params: SamplingParams) -> Tensor:
+    """``scores`` ``[..., vocab]`` with −inf outside top-k, top-p and min-p."""
+    if 0 < params.top_k < scores.shape[-1]:
+        least = scores.topk(params.top_k).values[..., -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if params.top_p < 1.0:
+        scores = _nucleus(scores, params.top_p)
+    if params.min_p > 0.0:
+        probs = scores.softmax(-1)
+        low = probs < params.min_p * probs.amax(-1, keepdim=True)
+        scores = scores.masked_fill(low, -torch.inf)
+    return scores
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Keep the tokens before which less than ``top_p`` of the mass lies."""
+    probs = scores.softmax(-1)
+    for width in (min(_NUCLEUS, scores.shape[-1]), scores.shape[-1]):
+        mass, order = probs.topk(width)
+        before = mass.cumsum(-1) - mass
+        if (before[..., -1] >= top_p).all():
+            break
+    keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < top_p)
+    return scores.masked_fill(~keep, -torch.inf)
+
+
+def _penalise(
+    scores: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
+) -> None:
+    """Repetition counts prompt and output (Hugging Face), the others the output only (OpenAI)."""
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*prompt, *output}), device=scores.device)
+        old, penalty = scores[seen], params.repetition_penalty
+        scores[seen] = torch.where(old < 0, old * penalty, old / penalty)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.tensor(list(output), device=scores.device).unique(return_counts=True)
+        scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def _forbid(
+    scores: Tensor, params: SamplingParams, tokens: Sequence[int], eos: Collection[int]
+) -> None:
+    """−inf for the last token of every bad word that the row is about to complete.
+
+    A bad word that is an end-of-sequence token alone is ignored, as in Hugging Face.
+    """
+    for word in params.bad_words:
+        head, last = list(word[:-1]), word[-1]
+        if head == list(tokens[len(tokens) - len(head) :]) and (head or last not in eos):
+            scores[last] = -torch.inf
