@@ -24,7 +24,7 @@ from torch import Tensor
 
 from retort.cache.recurrent import RecurrentRowCache, TapeKind, check_tape
 from retort.cache.rows import PackedRows
-from retort.cache.tape import Tape, grown
+from retort.cache.tape import Pages, Tape, grown
 from retort.ops.segments import Piece
 from retort.ops.selective_scan import ScanInputs
 
@@ -164,6 +164,30 @@ class MambaRowCache(RecurrentRowCache):
         }
         self._free = []
         self.tape.select(order)
+
+    def _copy_out(self, row: int) -> tuple[dict[int, bool], Tensor, Pages]:
+        anchors = self._anchors[row]
+        slots = self._index([slot for slot in anchors.values() if slot != EMPTY])
+        filled = {end: slot != EMPTY for end, slot in anchors.items()}
+        return filled, self.states[:, slots], self.tape.copy_out(row)
+
+    @torch.inference_mode(False)
+    def _copy_in(self, row: int, state: tuple[dict[int, bool], Tensor, Pages]) -> None:
+        filled, kept, pages = state
+        self._anchors[row] = {end: self._slot() if full else EMPTY for end, full in filled.items()}
+        slots = [slot for slot in self._anchors[row].values() if slot != EMPTY]
+        self.states[:, self._index(slots)] = kept
+        self.tape.copy_in(row, pages)
+
+    def _faults(self) -> list[str]:
+        faults = [] if set(self._anchors) == set(self._lengths) else ["anchors of other rows"]
+        for row, length in self._lengths.items():
+            if max(self._anchors.get(row, {0: EMPTY})) > length:
+                faults.append(f"row {row} of {length} tokens keeps a state beyond its end")
+        used = [s for anchors in self._anchors.values() for s in anchors.values() if s != EMPTY]
+        if sorted(used + self._free) != list(range(self.states.shape[1])):
+            faults.append("states are shared or lost")
+        return faults + self.tape.faults(self._lengths)
 
     def _slot(self) -> int:
         if not self._free:
