@@ -3,13 +3,15 @@
     python bench/decode.py --prompts spec_bench.jsonl --category summarization --batch-sizes 1 4 8
 
 Writes a JSON file with machine, versions and memory bandwidth, and prints a table. ``--openvino``
-names the Python of an environment with openvino-genai and optimum-intel (see bench/peers).
+names the Python of an environment with openvino-genai, ``--openvino-model`` the exported model
+(see bench/peers).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,11 +51,14 @@ def main() -> None:
     arms = {name: engine_arm(engine) for name, engine in engines.items()}
     if "transformers" in options.arms:
         arms["transformers"] = transformers_arm(zoo.load_model(options.model, dtype="float32"))
+    if options.openvino:
+        arms |= {f"openvino {mode}": openvino_arm(options, mode) for mode in ("plain", "lookup")}
     results = []
     for size in options.batch_sizes:
-        print(f"batch {size}, bandwidth {bandwidth():.0f} GB/s", file=sys.stderr)
+        probe = bandwidth()
+        print(f"batch {size}, bandwidth {probe:.0f} GB/s", file=sys.stderr)
         for result in compare(arms, prompts[:size], options.max_new_tokens, options.repeats):
-            results.append(result.as_dict())
+            results.append(result.as_dict() | {"bandwidth": probe})
             print(line(result), flush=True)
     record = Provenance.collect(vars(options)).to_dict()
     write_json(options.output, {"provenance": record, "results": results})
@@ -73,6 +78,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-backend", default="auto")
+    parser.add_argument("--openvino", help="Python of an environment with openvino-genai")
+    parser.add_argument("--openvino-model", help="the model, exported")
     parser.add_argument("--output", type=Path, default=Path("bench-decode.json"))
     return parser.parse_args()
 
@@ -114,6 +121,22 @@ def transformers_arm(model):
         out, total = timed(model, ids, mask, max_new_tokens)
         rows = [cut(row.tolist(), model) for row in out[:, width:]]
         return Measurement(rows, sum(map(len, rows)) - len(rows), total - first, total)
+
+    return run
+
+
+def openvino_arm(options: argparse.Namespace, mode: str):
+    """OpenVINO GenAI in a process of its own, which stays up between repeats."""
+    script = str(Path(__file__).parent / "peers" / "openvino_genai_decode.py")
+    command = [options.openvino, script, options.openvino_model, str(options.threads), mode]
+    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    print("peer:", peer.stdout.readline().strip(), file=sys.stderr)
+
+    def run(prompts, max_new_tokens):
+        request = {"prompts": list(map(list, prompts)), "max_new_tokens": max_new_tokens}
+        peer.stdin.write(json.dumps(request) + "\n")
+        peer.stdin.flush()
+        return Measurement(**json.loads(peer.stdout.readline()))
 
     return run
 

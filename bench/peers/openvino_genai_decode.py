@@ -1,0 +1,68 @@
+"""OpenVINO GenAI's continuous batching, as an arm of bench/decode.py in a Python of its own.
+
+    python bench/peers/openvino_genai_decode.py MODEL_DIR THREADS plain|lookup
+
+Reads a line ``{"prompts": [[ids]], "max_new_tokens": n}`` and answers a line with token ids and
+times, until its input ends. The model comes from ``optimum-cli export openvino -m MODEL --task
+text-generation-with-past --weight-format fp32 MODEL_DIR``. Decoding time is a whole call less a
+call for one token.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+
+
+def main():
+    folder, threads, mode = sys.argv[1:]
+    pipe, config = pipeline(folder, int(threads), mode == "lookup")
+    print(json.dumps({"openvino_genai": genai.__version__}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(measure(pipe, config, **request)), flush=True)
+
+
+def pipeline(folder, threads, lookup):
+    scheduler = genai.SchedulerConfig()
+    scheduler.cache_size = 2
+    scheduler.enable_prefix_caching = False
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    config = genai.GenerationConfig()
+    config.do_sample = False
+    if lookup:
+        options["prompt_lookup"] = True
+        config.num_assistant_tokens, config.max_ngram_size = 5, 3
+    return genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", options), config
+
+
+def measure(pipe, config, prompts, max_new_tokens):
+    first = run(pipe, config, prompts, 1)[1]
+    ids, total = run(pipe, config, prompts, max_new_tokens)
+    tokens = sum(map(len, ids)) - len(ids)
+    return {
+        "token_ids": ids,
+        "tokens": tokens,
+        "seconds": total - first,
+        "total_seconds": total,
+    }
+
+
+def run(pipe, config, prompts, new):
+    config.max_new_tokens = new
+    inputs = [ov.Tensor(np.array([row], dtype=np.int64)) for row in prompts]
+    started = time.perf_counter()
+    results = pipe.generate(inputs, [config] * len(prompts))
+    seconds = time.perf_counter() - started
+    return [list(result.m_generation_ids[0]) for result in results], seconds
+
+
+if __name__ == "__main__":
+    main()
