@@ -1,10 +1,12 @@
 """Records of runs, and files that appear whole or not at all."""
 
 import json
+import os
 import subprocess
 
 import pytest
 
+from retort.errors import ConfigurationError
 from retort.provenance import Provenance, _commit, versions, write_json, write_text, write_whole
 
 
@@ -61,3 +63,12 @@ def test_file_is_readable_by_others_as_the_umask_says(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert mode == plain.stat().st_mode
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigurationError, match="not a regular file"):
+        write_text(pipe, "text")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from retort.errors import ConfigurationError
+
 _PACKAGES = ("retort-lm", "torch", "transformers", "accelerate", "datasets", "safetensors")
 
 
@@ -98,6 +100,8 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_whole(path: str | Path, write: Callable[[TextIO], None]) -> Path:
     """Let ``write`` fill a file beside ``path``, bring it to disk, then rename it into place."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would put a file in a device's place
+        raise ConfigurationError(f"{path} is not a regular file; name another output")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:

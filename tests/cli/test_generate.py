@@ -1,6 +1,7 @@
 """``retort generate`` on the real model, and what it refuses before loading one."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ MODEL = "smollm2-135m-instruct"
         ([], "no prompt; give --prompt TEXT or --input FILE"),
         (["-i", "no-such.jsonl"], "cannot read no-such.jsonl"),
         (["-p", "x", "-o", "no/such/folder/out.jsonl"], "it must be a file in a folder"),
+        (["-p", "x", "-o", "."], "it must be a file in a folder"),
         (["-p", "x", "--draft-budget", "-1"], "neither auto nor a number"),
     ],
 )
@@ -27,6 +29,14 @@ def test_refused_before_the_model_is_loaded(capsys, monkeypatch, arguments, mess
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_an_output_that_is_no_regular_file_is_refused(capsys, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert cli.run(["generate", MODEL, "-p", "x", "-o", str(pipe)]) == 2
+    assert "it must be a file" in capsys.readouterr().err
+    assert pipe.is_fifo()
 
 
 def test_budget():

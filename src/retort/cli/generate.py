@@ -135,7 +135,10 @@ def _collect(texts: list[str], file: Path | None, chat: bool) -> list[Prompt]:
 
 def _check_output(output: Path | None) -> None:
     """Find out before the work whether the file can be written."""
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+    if output is None:
+        return
+    special = output.exists() and not output.is_file()
+    if special or not output.absolute().parent.is_dir():
         raise ConfigurationError(f"--output {output}: it must be a file in a folder that exists")
 
 
