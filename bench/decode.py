@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +28,15 @@ from retort.provenance import Provenance, write_json
 LOOKUP = "prompt-lookup"
 ENGINES = {
     "plain": (Engine, {}),
+    "plain fp32 weights": (Engine, {"weight_storage": "float32"}),
+    "plain torch": (Engine, {"cpu_backend": "torch"}),
     "auto": (Engine, {"drafter": LOOKUP}),
     "unpadded k=7": (Engine, {"drafter": LOOKUP, "draft_budget": 7}),
+    # The padded method runs layer by layer in PyTorch: this is the arm that differs in padding only
+    "unpadded k=7 unfused": (
+        Engine,
+        {"drafter": LOOKUP, "draft_budget": 7, "fuse_layers": False},
+    ),
     "padded k=7": (PaddedEngine, {"drafter": LOOKUP, "draft_budget": 7}),
     "padded cache only": (
         PaddedEngine,
@@ -46,11 +54,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     tokenizer = zoo.load_tokenizer(options.model)
     prompts = load_prompts(options, tokenizer)
-    model = zoo.load_model(options.model, dtype="float32")
-    engines = {name: make(model, name, options) for name in options.arms if name in ENGINES}
+    load = partial(zoo.load_model, options.model, dtype="float32")
+    engines = {name: make(load(), name, options) for name in options.arms if name in ENGINES}
     arms = {name: engine_arm(engine) for name, engine in engines.items()}
     if "transformers" in options.arms:
-        arms["transformers"] = transformers_arm(zoo.load_model(options.model, dtype="float32"))
+        arms["transformers"] = transformers_arm(load())
     if options.openvino:
         arms |= {f"openvino {mode}": openvino_arm(options, mode) for mode in ("plain", "lookup")}
     results = []
@@ -77,7 +85,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-backend", default="auto")
     parser.add_argument("--openvino", help="Python of an environment with openvino-genai")
     parser.add_argument("--openvino-model", help="the model, exported")
     parser.add_argument("--output", type=Path, default=Path("bench-decode.json"))
@@ -107,7 +114,8 @@ def template(tokenizer, text: str) -> list[int]:
 def make(model, name: str, options: argparse.Namespace) -> Engine:
     engine_class, extra = ENGINES[name]
     size = max(options.batch_sizes)
-    return engine_class(model, max_batch_size=size, cpu_backend=options.cpu_backend, **extra)
+    given = {"max_batch_size": size, "release_weights": True, **extra}
+    return engine_class(model, **given)
 
 
 def transformers_arm(model):

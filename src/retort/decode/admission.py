@@ -42,6 +42,7 @@ class Admission:
     ) -> Request:
         """A request ready to be scheduled."""
         self._check_ids("logit_bias", params.logit_bias or {})
+        self._check_ids("bad_words_ids", (t for word in params.bad_words for t in word))
         self._check_ids("eos_token_id", _as_ids(params.eos_token_id))
         ids = self.encode(prompt)
         request = Request(request_id, index, ids, params, self._eos(params), hold)

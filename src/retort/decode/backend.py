@@ -12,6 +12,7 @@ from retort.ops import native
 from retort.ops.packing import PackedLinears, pack_linears
 
 BACKENDS = ("auto", "native", "torch")
+STORAGES = ("auto", "float32")
 
 
 def resolve(cpu_backend: str, model: Any) -> str:
@@ -39,15 +40,20 @@ class Backend:
     """The native core under one model while it decodes; `close` puts its modules back.
 
     Args:
+        weight_storage: "auto" (bf16 where that is exact) or "float32".
         release: drop original weights that only packed layers use, so that memory does not double.
     """
 
-    def __init__(self, model: Any, cpu_backend: str, release: bool = False) -> None:
+    def __init__(
+        self, model: Any, cpu_backend: str, release: bool = False, weight_storage: str = "auto"
+    ) -> None:
+        if weight_storage not in STORAGES:
+            raise ConfigurationError(f"weight_storage={weight_storage!r} must be one of {STORAGES}")
         self.name = resolve(cpu_backend, model)
         self._linears: PackedLinears | None = None
         self._layers: FusedLayers | None = None
         if self.name == "native":
-            self._linears = pack_linears(model, release=release)
+            self._linears = pack_linears(model, precision=weight_storage, release=release)
 
     def attention_cache(self) -> AttentionRowCache:
         """An empty attention cache for this arithmetic."""

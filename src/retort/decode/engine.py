@@ -49,6 +49,8 @@ class Engine:
         cpu_backend: "auto", "native" or "torch", see `PackedModel`.
         release_weights: keep packed weights only while the engine lives, so that memory does not
             double; `from_pretrained` does so.
+        weight_storage, fuse_layers: how the native core keeps weights, and whether it runs whole
+            decoder layers, see `PackedModel`.
         max_prefill_tokens: prompt tokens that one pass reads beside the decoding rows.
         max_cached_tokens: tokens that the rows in work may hold together, drafts included; the
             youngest rows make room and go on later. Held rows do not count.
@@ -72,6 +74,8 @@ class Engine:
         max_prefill_tokens: int = 512,
         max_cached_tokens: int | None = None,
         release_weights: bool = False,
+        weight_storage: str = "auto",
+        fuse_layers: bool = True,
         debug: bool = False,
     ) -> None:
         if verification not in RULES:
@@ -84,7 +88,11 @@ class Engine:
             max_batch_size, max_prefill_tokens, max_cached_tokens, self.budget.max_draft, debug
         )
         self.target = self._build_target(
-            tape=tape, cpu_backend=cpu_backend, release_weights=release_weights
+            tape=tape,
+            cpu_backend=cpu_backend,
+            release_weights=release_weights,
+            weight_storage=weight_storage,
+            fuse_layers=fuse_layers,
         )
         try:
             self.drafting = Drafting(drafter, self.target, self.budget, verification == "coupled")

@@ -39,6 +39,24 @@ _REFUSED = {
     "watermarking_config": None,
     "penalty_alpha": None,
     "dola_layers": None,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+# What transformers builds out of options that are passed on; anything else would be ignored.
+_KNOWN = {
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+    "RepetitionPenaltyLogitsProcessor",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MaxLengthCriteria",
+    "EosTokenCriteria",
 }
 
 
@@ -119,6 +137,8 @@ def _refuse(config: Any, kwargs: dict) -> None:
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         wrong.append("past_key_values (a filled cache)")
+    given = (*(kwargs.get("logits_processor") or ()), *(kwargs.get("stopping_criteria") or ()))
+    wrong += sorted({type(each).__name__ for each in given} - _KNOWN) if not wrong else []
     if wrong:
         raise ConfigurationError(
             f"retort.speculative does not handle {', '.join(wrong)}: remove it, or call generate "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from retort.cache.attention import AttentionRowCache
+from retort.cache.native import NativeAttentionRowCache
 from retort.cache.rows import RowCache
 from retort.decode.backend import Backend
 from retort.decode.support import check_supported
@@ -37,6 +38,9 @@ class PackedModel:
         tape: for recurrent models, how far a row can go back: over drafts, or over the completion.
         max_draft: longest draft that a recurrent row must be able to take back.
         cpu_backend: "auto", "native" (a row's bits are the same in any company) or "torch".
+        weight_storage: with the native core, "auto" keeps weights in bf16 where that is exact,
+            "float32" never; the arithmetic is float32 either way.
+        fuse_layers: with the native core, run decoder layers that it knows as one call.
         release_weights: with the native core, keep packed weights only; `close` unpacks them.
 
     Attributes:
@@ -57,11 +61,15 @@ class PackedModel:
         max_draft: int = 16,
         cpu_backend: str = "auto",
         release_weights: bool = False,
+        weight_storage: str = "auto",
+        fuse_layers: bool = True,
     ) -> None:
         check_supported(model.config, type(model))
         self.model = model
-        self.backend = Backend(model, cpu_backend, release_weights)
+        self.backend = Backend(model, cpu_backend, release_weights, weight_storage)
         self.cache = self._new_cache(tape, max_draft)
+        if fuse_layers and isinstance(self.cache, NativeAttentionRowCache):
+            self.backend.fuse(model, _inference)
         self.forward_passes = self.forward_tokens = 0
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -108,7 +116,6 @@ class PackedModel:
     def _new_cache(self, tape: str, max_draft: int) -> RowCache:
         if hasattr(self.model, "new_row_cache"):
             return self.model.new_row_cache(tape=tape, max_draft=max_draft)
-        self.backend.fuse(self.model, _inference)
         return self.backend.attention_cache()
 
     def _count(self, tokens: int) -> None:
