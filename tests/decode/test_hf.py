@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from retort.decode.hf import speculative
 from retort.errors import ConfigurationError
@@ -54,3 +55,32 @@ def test_output_object_streamer_and_refusals():
         model.generate(
             **_padded(text), num_beams=2, max_new_tokens=2, custom_generate=speculative()
         )
+
+
+class _Mine(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return -scores
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"logits_processor": LogitsProcessorList([_Mine()])}, "_Mine"),
+        ({"prefix_allowed_tokens_fn": lambda *_: [7]}, "PrefixConstrainedLogitsProcessor"),
+        ({"encoder_repetition_penalty": 1.5}, "EncoderRepetitionPenaltyLogitsProcessor"),
+        ({"max_time": 9.0}, "MaxTimeCriteria"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_by_name(options, named):
+    model, text = toy(), prompts((6,))
+    with pytest.raises(ConfigurationError, match=named):
+        model.generate(**_padded(text), max_new_tokens=2, custom_generate=speculative(), **options)
+
+
+def test_options_that_are_passed_on_are_not_refused():
+    model, text = toy(), prompts((6,))
+    shaped = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01}
+    lengths = {"repetition_penalty": 1.1, "min_new_tokens": 2, "max_new_tokens": 4}
+    ids = model.generate(**_padded(text), custom_generate=speculative(), **shaped, **lengths)
+    assert ids.shape[1] >= len(text[0]) + 2

@@ -199,8 +199,8 @@ def check_vocabularies(teacher: Any, student: Any) -> None:
         if left != right:
             raise ConfigurationError(
                 f"Teacher and student tokenizers differ at id {index}: {left!r} against {right!r}. "
-                "Logit distillation needs one vocabulary; use method 'seqkd' or the teacher's "
-                "tokenizer."
+                "Logit distillation needs one vocabulary: use the teacher's tokenizer, or "
+                "method 'sft'."
             )
     _check_probe(teacher, student)
 
