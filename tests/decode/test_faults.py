@@ -98,3 +98,11 @@ def test_ends_say_which_token_wrote_what(zoo_tokenizer):
         buffer.push(token)
     assert len(buffer.ends) == len(ids) and buffer.ends[-1] == len("naïve 🙂 text")
     assert buffer.ends == sorted(buffer.ends)
+
+
+def test_every_sample_and_round_has_a_key_of_its_own():
+    from retort.decode.sampling import stream_key
+
+    seeds = (0, 11, 2**63 - 1, -(2**63))
+    keys = {stream_key(s, n, r) for s in seeds for n in range(130) for r in range(5)}
+    assert len(keys) == len(seeds) * 130 * 5

@@ -70,8 +70,8 @@ def stream_key(seed: int, sample: int = 0, round_: int = 0) -> int:
     """The key of one of ``n`` samples, and of one round of rewinding; ``seed`` itself for 0, 0."""
     if sample == round_ == 0:
         return seed
-    mixed = _mix(_mix(_int64(seed)) + sample * _GOLDEN)
-    return int(_mix(mixed + round_ * _GOLDEN + 1))
+    mixed = _mix(_mix(_int64(seed)) + _wrap(sample * _GOLDEN))
+    return int(_mix(mixed + _wrap(round_ * _GOLDEN + 1)))
 
 
 def _bits(key: Number, index: Number, tokens: Tensor, stream: int) -> Tensor:
