@@ -96,13 +96,12 @@ def test_prompts_in_four_forms(complete, engine, prompt):
 
 
 def test_n_gives_independent_choices_that_a_seed_repeats(complete, engine):
-    options = {"n": 3, "temperature": 1, "seed": 11}
-    first, second = complete(**options), complete(**options)
-    texts = [c.text for c in first.choices]
-    assert texts == [c.text for c in second.choices] and len(set(texts)) == 3
-    expected = engine.generate("the cat sat", max_new_tokens=24, do_sample=True, seed=11)[0].text
-    assert texts[0] == expected == complete(temperature=1, seed=11).choices[0].text
-    assert 24 < first.usage.completion_tokens <= 72
+    answer = complete(n=3, temperature=1, seed=11)
+    texts = [c.text for c in answer.choices]
+    given = {"max_new_tokens": 24, "do_sample": True, "seed": 11}
+    assert texts == [o.text for o in engine.generate("the cat sat", n=3, **given)]
+    assert len(set(texts)) == 3 and texts[0] == complete(temperature=1, seed=11).choices[0].text
+    assert 24 < answer.usage.completion_tokens <= 72
 
 
 def test_without_a_seed_texts_differ(complete):

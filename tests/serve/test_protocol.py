@@ -9,7 +9,6 @@ import pytest
 from retort import SamplingParams
 from retort.decode.request import RequestStats
 from retort.serve.errors import ApiError
-from retort.serve.jobs import _seed
 from retort.serve.messages import (
     Add,
     Cancel,
@@ -18,6 +17,7 @@ from retort.serve.messages import (
     Delta,
     Gauges,
     Ready,
+    Sampling,
     Step,
     Stop,
     frame,
@@ -61,15 +61,14 @@ def test_messages_need_a_known_role():
         parse(b'{"messages": [{"role": "x", "content": "y"}]}', ChatRequest)
 
 
-def test_each_choice_has_a_seed_of_its_own_and_the_first_the_one_given():
-    seeds = [_seed(2**63 - 1, choice) for choice in range(4)]
-    assert seeds[0] == 2**63 - 1 and len(set(seeds)) == 4
-    assert all(-(2**63) <= s < 2**63 for s in seeds)
-    assert _seed(None, 0) != _seed(None, 0)
+def test_what_travels_is_what_the_engine_takes():
+    assert SAMPLING.params() == SamplingParams(
+        max_new_tokens=3, logit_bias={5: 1.5}, stop_strings=["a"], seed=-(2**63)
+    )
 
 
-PARAMS = SamplingParams(max_new_tokens=3, logit_bias={5: 1.5}, stop_strings=["a"], seed=-(2**63))
-TO_WORKER = [Add("a", [1, 2], PARAMS, [7], False, True), Cancel(["a"]), Configure("m"), Stop()]
+SAMPLING = Sampling(max_new_tokens=3, logit_bias={5: 1.5}, stop_strings=["a"], seed=-(2**63))
+TO_WORKER = [Add("a", [1, 2], SAMPLING, 1, [7], False, True), Cancel(["a"]), Configure("m"), Stop()]
 FROM_WORKER = [
     Ready(9, 8, 7, True, "torch"),
     Step([Delta("a", [1], "x", [{1: -0.5}], None, [("a", 1)], "stop")], Gauges(1, 2)),
@@ -123,7 +122,7 @@ NAMES = [
 
 def test_metrics_have_the_names_that_dashboards_know():
     metrics = Metrics("m", capacity=10)
-    metrics.step(Gauges(), Gauges(2, 3, 5, 1, 9, 4, 8, 6, [4, 2]))
+    metrics.step(Gauges(), Gauges(2, 3, 5, 1, 7, 9, 4, 8, 6, [4, 2]))
     metrics.finished("stop")
     text = metrics.text().decode()
     for name in NAMES:

@@ -283,4 +283,4 @@ def _dead() -> ApiError:
 
 
 def _size(add: Add) -> int:
-    return len(add.prompt) + add.params.max_new_tokens
+    return len(add.prompt) + add.sampling.max_new_tokens

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from retort.decode.request import SamplingParams
 from retort.errors import ConfigurationError
 from retort.serve.errors import bad
-from retort.serve.messages import Add, Ready
+from retort.serve.messages import Add, Ready, Sampling
 from retort.serve.prompts import Prompts
 from retort.serve.protocol import (
     MAX_PROMPTS,
     ChatRequest,
     CompletionRequest,
-    Sampling,
     TokenId,
+)
+from retort.serve.protocol import (
+    Sampling as Fields,
 )
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chat may fill the context
@@ -112,12 +113,13 @@ class Jobs:
         job_id = f"{kind}-{secrets.token_hex(12)}"
         self._check_ids("stop_token_ids", spec.stop_token_ids or [])
         bias = self._bias(spec)
+        seed = secrets.randbits(63) if spec.seed is None else spec.seed
         adds: list[Add] = []
         for prompt in prompts:
             most = self._room(prompt, limit)
+            sampling = _sampling(spec, most, seed, bias, logprobs, score)
             for choice in range(spec.choices):
-                params = _params(spec, most, bias, logprobs, score, choice)
-                adds.append(_add(f"{job_id}-{len(adds)}", prompt, params, spec))
+                adds.append(_add(f"{job_id}-{len(adds)}", prompt, sampling, spec, choice))
         return Job(job_id, spec, prompts, adds)
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
@@ -149,7 +151,7 @@ class Jobs:
             )
         return context - len(prompt) if limit is None else limit
 
-    def _bias(self, spec: Sampling) -> dict[int, float] | None:
+    def _bias(self, spec: Fields) -> dict[int, float] | None:
         if not spec.logit_bias:
             return None
         try:
@@ -183,51 +185,47 @@ def _prompt_list(prompt: Any) -> list[str | list[int]]:
     raise bad(f"prompt: the list {what}", "prompt")
 
 
-def _add(request_id: str, prompt: list[int], params: SamplingParams, spec: Sampling) -> Add:
+def _add(request_id: str, prompt: list[int], sampling: Sampling, spec: Fields, choice: int) -> Add:
     return Add(
         request_id,
         prompt,
-        params,
+        sampling,
+        sample=choice,
         stop_token_ids=list(spec.stop_token_ids or []),
         speculate=spec.speculation != "off",
         origins=spec.origins,
     )
 
 
-def _params(
-    spec: Sampling,
+def _sampling(
+    spec: Fields,
     most: int,
+    seed: int,
     bias: dict[int, float] | None,
     logprobs: int | None,
     score: int | None,
-    choice: int,
-) -> SamplingParams:
+) -> Sampling:
     temperature = 1.0 if spec.temperature is None else spec.temperature
+    sampling = Sampling(
+        max_new_tokens=most,
+        min_new_tokens=spec.min_tokens or 0,
+        do_sample=temperature >= _GREEDY,
+        temperature=max(temperature, _GREEDY),
+        top_k=max(spec.top_k or 0, 0),
+        top_p=1.0 if spec.top_p is None else max(spec.top_p, 1e-9),
+        min_p=spec.min_p or 0.0,
+        repetition_penalty=spec.repetition_penalty or 1.0,
+        presence_penalty=spec.presence_penalty or 0.0,
+        frequency_penalty=spec.frequency_penalty or 0.0,
+        logit_bias=bias,
+        ignore_eos=bool(spec.ignore_eos),
+        stop_strings=spec.stops or None,
+        seed=seed,
+        logprobs=logprobs,
+        prompt_logprobs=score,
+    )
     try:
-        return SamplingParams(
-            max_new_tokens=most,
-            min_new_tokens=spec.min_tokens or 0,
-            do_sample=temperature >= _GREEDY,
-            temperature=max(temperature, _GREEDY),
-            top_k=max(spec.top_k or 0, 0),
-            top_p=1.0 if spec.top_p is None else max(spec.top_p, 1e-9),
-            min_p=spec.min_p or 0.0,
-            repetition_penalty=spec.repetition_penalty or 1.0,
-            presence_penalty=spec.presence_penalty or 0.0,
-            frequency_penalty=spec.frequency_penalty or 0.0,
-            logit_bias=bias,
-            ignore_eos=bool(spec.ignore_eos),
-            stop_strings=spec.stops or None,
-            seed=_seed(spec.seed, choice),
-            logprobs=logprobs,
-            prompt_logprobs=score,
-        )
+        sampling.params()
     except ConfigurationError as error:
         raise bad(str(error)) from None
-
-
-def _seed(seed: int | None, choice: int) -> int:
-    """The first choice has the seed that was asked for; each further one a key of its own."""
-    if seed is None:
-        return secrets.randbits(63)
-    return (seed + choice * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
+    return sampling

@@ -36,12 +36,50 @@ class Configure(Struct, tag=True, frozen=True):
     trust_remote_code: bool = False
 
 
+class Sampling(Struct, frozen=True, kw_only=True):
+    """The fields of `SamplingParams` that travel: numbers and texts, no functions."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    eos_token_id: list[int] | None = None
+    ignore_eos: bool = False
+    stop_strings: list[str] | None = None
+    seed: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def params(self) -> SamplingParams:
+        """What the engine takes.
+
+        Raises:
+            ConfigurationError: a value is out of range.
+        """
+        return SamplingParams(**msgspec.structs.asdict(self))
+
+
 class Add(Struct, tag=True, frozen=True):
-    """A request, valid as far as the HTTP process can tell."""
+    """A request, valid as far as the HTTP process can tell.
+
+    Attributes:
+        sample: which of the client's ``n`` choices this is; each draws noise of its own.
+        stop_token_ids: ids that end the row, the model's own end token ignored or not.
+        speculate: use the server's drafter.
+        origins: tell who wrote each part of the text.
+    """
 
     id: str
     prompt: list[int]
-    params: SamplingParams
+    sampling: Sampling
+    sample: int = 0
     stop_token_ids: list[int] = []
     speculate: bool = True
     origins: bool = False
@@ -106,6 +144,7 @@ class Gauges(Struct, frozen=True):
     waiting: int = 0
     cached_tokens: int = 0
     steps: int = 0
+    preemptions: int = 0
     packed_tokens: int = 0
     drafts: int = 0
     draft_tokens: int = 0

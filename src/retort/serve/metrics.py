@@ -40,6 +40,7 @@ class Metrics:
         self._waiting.set(now.waiting)
         self._cache.set(now.cached_tokens / self.capacity if self.capacity else 0.0)
         self._steps.inc(now.steps - before.steps)
+        self._preemptions.inc(now.preemptions - before.preemptions)
         self._packed.inc(now.packed_tokens - before.packed_tokens)
         self._drafts.inc(now.drafts - before.drafts)
         self._draft_tokens.inc(now.draft_tokens - before.draft_tokens)
@@ -84,7 +85,7 @@ class Metrics:
     def _define_counters(self) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.")
         self._generated = self._counter("generation_tokens", "Generated tokens.")
-        self._preemptions = self._counter("num_preemptions", "Rows preempted: none, by design.")
+        self._preemptions = self._counter("num_preemptions", "Rows that had to make room.")
         self._steps = self._counter("engine_steps", "Passes of the model.")
         self._packed = self._counter("packed_tokens", "Tokens through the linear layers.")
         self._drafts = self._counter("spec_decode_num_drafts", "Drafts verified.")

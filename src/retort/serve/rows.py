@@ -22,7 +22,6 @@ class Row:
 
     def __init__(self, add: Add, request: Request, queued: float) -> None:
         self.add, self.request = add, request
-        self.reserved = len(add.prompt) + add.params.max_new_tokens
         self._queued: float | None = queued
         self._tokens = 0
         self._characters = 0

@@ -47,8 +47,7 @@ _DEFAULT_CONTEXT = 8192  # of models without a limit of their own
 class Worker:
     """Runs one engine for one channel.
 
-    Requests wait here, first in, first out, until a row is free and the cache tokens that they may
-    come to need (prompt and completion) are, so that a running row never has to make room.
+    Requests wait here, first in, first out, until a row is free.
 
     Args:
         engine: not used by anyone else.
@@ -65,7 +64,7 @@ class Worker:
         on_gone: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine, self.channel = engine, channel
-        self.max_model_len = _context(engine, options.max_model_len)
+        self.max_model_len = _context(engine, options)
         self.capacity = options.max_cache_tokens or options.max_num_seqs * self.max_model_len
         self._max_rows = options.max_num_seqs
         self._eos = _end_tokens(engine)
@@ -120,7 +119,7 @@ class Worker:
     def _admit(self) -> list[Delta]:
         """Start waiting requests while there is room; returns those that the engine refuses."""
         refused: list[Delta] = []
-        while self._waiting and self._fits(self._waiting[0][0]):
+        while self._waiting and len(self._rows) < self._max_rows:
             add, since = self._waiting.popleft()
             try:
                 self._rows[add.id] = self._start(add, time.monotonic() - since)
@@ -129,17 +128,15 @@ class Worker:
                 refused.append(Delta(add.id, finish="error", error=str(error)))
         return refused
 
-    def _fits(self, add: Add) -> bool:
-        if not self._rows:
-            return True
-        reserved = sum(row.reserved for row in self._rows.values())
-        need = len(add.prompt) + add.params.max_new_tokens
-        return len(self._rows) < self._max_rows and reserved + need <= self.capacity
-
     def _start(self, add: Add, queued: float) -> Row:
         drafter = "default" if add.speculate else None
-        params = _with_stops(add, self._eos)
-        self.engine.add_request(add.prompt, params, request_id=add.id, drafter=drafter)
+        self.engine.add_request(
+            add.prompt,
+            _params(add, self._eos),
+            request_id=add.id,
+            drafter=drafter,
+            sample=add.sample,
+        )
         return Row(add, self.engine.request(add.id), queued)
 
     def _step(self) -> list[Delta]:
@@ -171,12 +168,13 @@ class Worker:
         )
 
     def _gauges(self) -> Gauges:
-        stats = self.engine.stats
+        stats, scheduler = self.engine.stats, self.engine.scheduler
         return Gauges(
-            running=len(self._rows),
-            waiting=len(self._waiting),
+            running=len(scheduler.running),
+            waiting=len(self._waiting) + len(scheduler.waiting),
             cached_tokens=sum(row.request.fed for row in self._rows.values()),
             steps=stats.steps,
+            preemptions=stats.preemptions,
             packed_tokens=stats.packed_tokens,
             drafts=stats.drafts,
             draft_tokens=stats.draft_tokens,
@@ -203,6 +201,7 @@ def build_engine(options: Configure) -> Engine:
         draft_budget=options.draft_budget,
         max_batch_size=options.max_num_seqs,
         max_prefill_tokens=options.max_prefill_tokens,
+        max_cached_tokens=options.max_cache_tokens,
         cpu_backend=options.cpu_backend,
     )
     engine.generate([[0, 1] * 4], max_new_tokens=8, ignore_eos=True)
@@ -231,13 +230,14 @@ def main(descriptor: int) -> int:
     return 0
 
 
-def _context(engine: Engine, wanted: int | None) -> int:
+def _context(engine: Engine, options: Configure) -> int:
+    """The longest prompt with its completion that can be served."""
     from retort.decode.support import max_length
 
-    limit = max_length(engine.model.config)
-    if limit is None:
-        return wanted or _DEFAULT_CONTEXT
-    return min(wanted or limit, limit)
+    own = max_length(engine.model.config)
+    given = options.max_model_len or own or _DEFAULT_CONTEXT
+    limits = (given, own, options.max_cache_tokens)
+    return min(limit for limit in limits if limit is not None)
 
 
 def _end_tokens(engine: Engine) -> list[int]:
@@ -248,12 +248,12 @@ def _end_tokens(engine: Engine) -> list[int]:
     return [found] if isinstance(found, int) else list(found)
 
 
-def _with_stops(add: Add, eos: list[int]) -> SamplingParams:
+def _params(add: Add, eos: list[int]) -> SamplingParams:
     """Stop ids end a row even where the model's own end token is ignored."""
     if not add.stop_token_ids:
-        return add.params
-    ends = [*([] if add.params.ignore_eos else eos), *add.stop_token_ids]
-    return replace(add.params, eos_token_id=ends, ignore_eos=False)
+        return add.sampling.params()
+    ends = [*([] if add.sampling.ignore_eos else eos), *add.stop_token_ids]
+    return replace(add.sampling.params(), eos_token_id=ends, ignore_eos=False)
 
 
 if __name__ == "__main__":
