@@ -81,6 +81,10 @@ def test_the_papers_constants_are_the_defaults(tmp_path):
         ({"method": "kd", "beta": 0.5}, "beta"),
         ({"method": "sft", "sft_weight": 0.0}, "every loss weight"),
         ({"divergence_parameters": {"alpha": 1}}, "alpha"),
+        ({"max_length": None}, "max_length=None"),
+        ({"student_config": "{bad"}, "student_config"),
+        ({"student_config": "[1]"}, "student_config"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
     ],
 )
 def test_a_wrong_value_is_named_in_one_line(tmp_path, values, named):

@@ -118,6 +118,29 @@ def test_rows_with_long_prompts_are_left_out_on_request(caplog):
         tokenize(rows[1:2], encoding(skip_long_prompts=True))
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['{"prompt": "a", "completion": "b"}', '{"prompt": 1}'], "row 2: column 'prompt' must be"),
+        (['{"prompt": "a", "completion": ["b", 1]}'], "row 1: column 'completion' must be"),
+        (
+            ['{"prompt": "a"}', '{"prompt": [{"role": "user", "content": "b"}]}'],
+            "row 2: column 'prompt' is text in some rows",
+        ),
+    ],
+)
+def test_jsonl_columns_hold_one_kind_of_value(tmp_path, rows, message):
+    with pytest.raises(ConfigurationError, match=message):
+        load_rows(write(tmp_path / "x.jsonl", *(row + "\n" for row in rows)))
+
+
+def test_jsonl_that_is_not_text_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match=r"x\.jsonl is not UTF-8"):
+        load_rows(str(path))
+
+
 def test_chat_without_a_template_says_so():
     with pytest.raises(ConfigurationError, match="chat template"):
         tokenize(

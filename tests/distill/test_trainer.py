@@ -344,3 +344,17 @@ def recipe(method, **changes):
     from dataclasses import replace
 
     return replace(PRESETS[method], **changes)
+
+
+@pytest.mark.parametrize("short", ["student", "teacher"])
+def test_a_prompt_beyond_either_models_context_is_refused(tmp_path, short):
+    models = {short: llama(3, max_position_embeddings=16)}
+    rows = [{"prompt": "x" * 20, "completion": "y"}]
+    with pytest.raises(ConfigurationError, match=r"the prompt has 20 tokens .* is 16"):
+        trainer(tmp_path, rows=rows, **models)
+
+
+def test_sequences_stay_within_the_shorter_context(tmp_path):
+    made = trainer(tmp_path, teacher=llama(3, max_position_embeddings=40))
+    assert made.max_length == 40
+    assert made.sources.writer.limit([1] * 36) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -51,4 +52,6 @@ def distill(
     settings = parse_flags(DistillConfig, arguments, prog)
     from retort.distill.run import run
 
-    print(run(settings))
+    with redirect_stdout(sys.stderr):  # what transformers prints is no part of the answer
+        folder = run(settings)
+    print(folder)

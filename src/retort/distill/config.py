@@ -8,6 +8,7 @@ YAML file (`HfArgumentParser`). Names are TRL's where the meaning is equal.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -136,7 +137,11 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check every value that is ours; transformers checks its own."""
-        super().__post_init__()
+        self._check_given()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError) as error:  # transformers' own checks
+            raise ConfigurationError(" ".join(str(error).split())) from error
         for name, fine, rule in self._rules():
             if not fine:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r} is wrong: {rule}")
@@ -186,6 +191,15 @@ class DistillConfig(TrainingArguments):
         """The optimiser step from which sequences are revised, of ``max_steps`` in all."""
         warmup = self.scrg_warmup_steps
         return int(warmup) if warmup >= 1 else int(warmup * max_steps)
+
+    def _check_given(self) -> None:
+        """Refuse a null where a value is needed (YAML can say it) and text that is not JSON."""
+        for name, kind in DistillConfig.__annotations__.items():
+            value = getattr(self, name, None)
+            if value is None and "None" not in str(kind):
+                raise ConfigurationError(f"{name}=None is wrong: it needs a value")
+            if "dict" in str(kind) and isinstance(value, str):
+                _check_json(name, value)
 
     def _check_method(self) -> None:
         recipe = self.recipe
@@ -239,6 +253,15 @@ class DistillConfig(TrainingArguments):
                 "use 'dense_retnet', or leave it out",
             ),
         ]
+
+
+def _check_json(name: str, text: str) -> None:
+    try:
+        fine = isinstance(json.loads(text), dict)
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ConfigurationError(f"{name}={text!r} is wrong: it must be a JSON object")
 
 
 def _within(value: float | None, least: float, most: float) -> bool:

@@ -128,14 +128,38 @@ def _read_jsonl(path: Path) -> Dataset:
     from datasets import Dataset
 
     rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                rows.append(_parsed(line, f"{path.name}, row {number}"))
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    rows.append(_parsed(line, f"{path.name}, row {number}"))
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path.name} is not UTF-8 text: {error.reason}") from error
     columns = [c for c in COLUMNS if any(c in row for row in rows)]
     if rows and not columns:
         raise ConfigurationError(_missing(path.name, sorted(rows[0])))
-    return Dataset.from_list([{c: _plain(row.get(c)) for c in columns} for row in rows])
+    plain = [{c: _plain(row.get(c)) for c in columns} for row in rows]
+    _check_alike(plain, path.name)
+    return Dataset.from_list(plain)
+
+
+def _check_alike(rows: Sequence[dict[str, Any]], origin: str) -> None:
+    """Refuse columns that are text in one row and messages in another, or neither."""
+    kinds: dict[str, type] = {}
+    for number, row in enumerate(rows, start=1):
+        for column, value in row.items():
+            if value is None:
+                continue
+            messages = isinstance(value, list) and all(isinstance(v, dict) for v in value)
+            if not (isinstance(value, str) or messages):
+                raise ConfigurationError(
+                    f"{origin}, row {number}: column {column!r} must be text or chat messages"
+                )
+            if kinds.setdefault(column, type(value)) is not type(value):
+                raise ConfigurationError(
+                    f"{origin}, row {number}: column {column!r} is text in some rows and chat "
+                    "messages in others; make them alike"
+                )
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
@@ -200,8 +224,8 @@ def _encoded(row: dict[str, Any], index: int, encoding: Encoding) -> dict[str, A
         return {"index": index, "prompt_ids": [], "completion_ids": []}
     if not prompt_ids or room < 1:
         raise ConfigurationError(
-            f"{where}: the prompt has {len(prompt_ids)} tokens and max_length is "
-            f"{encoding.max_length}: shorten it, raise max_length, or set skip_long_prompts"
+            f"{where}: the prompt has {len(prompt_ids)} tokens and max_length (or the models' "
+            f"context) is {encoding.max_length}: shorten it, or set skip_long_prompts"
         )
     return {"index": index, "prompt_ids": prompt_ids, "completion_ids": completion_ids[:room]}
 

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
+from retort.decode.support import max_length
 from retort.distill import checkpoint, metrics
 from retort.distill.batch import Batch, TrainingSequence, build_batch
 from retort.distill.callbacks import StepCallback
@@ -78,12 +79,14 @@ class DistillTrainer(WholeCheckpointTrainer):
         self.end_tokens = end_tokens(processing_class, model)
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         ends = self.end_tokens
+        self.max_length = _longest(args, model, teacher_model)
+        longest = self.max_length
         super().__init__(
             model=model,
             args=args,
             data_collator=collate,
             processing_class=processing_class,
-            **{k: _tokenized(v, k, args, processing_class, ends) for k, v in data.items()},
+            **{k: _tokenized(v, k, args, processing_class, ends, longest) for k, v in data.items()},
             **keywords,
         )
         self.loss_is_scaled_for_ga = True  # every term is divided by its count of the whole step
@@ -112,7 +115,7 @@ class DistillTrainer(WholeCheckpointTrainer):
             settings = WritingSettings(
                 end_tokens=self.end_tokens,
                 max_completion_length=config.max_completion_length,
-                max_length=config.max_length,
+                max_length=self.max_length,
                 batch_size=config.rollout_batch_size,
                 drafter=config.rollout_drafter,
                 draft_budget=config.rollout_draft_budget,
@@ -301,18 +304,29 @@ class DistillTrainer(WholeCheckpointTrainer):
             self.objective.bands.load(state["bands"], tensors)
 
 
-def _tokenized(rows: Any, name: str, config: DistillConfig, tokenizer: Any, end: tuple) -> Any:
+def _longest(config: DistillConfig, *models: Any) -> int:
+    """Most tokens of a sequence: ``max_length``, within the context of student and teacher."""
+    contexts = (max_length(model.config) for model in models if model is not None)
+    return min([config.max_length, *(c for c in contexts if c is not None)])
+
+
+def _tokenized(
+    rows: Any, name: str, config: DistillConfig, tokenizer: Any, end: tuple, longest: int
+) -> Any:
     """Rows of the argument ``name`` as ids; a dictionary of datasets stays one."""
     if rows is None:
         return None
     if isinstance(rows, dict):
-        return {k: _tokenized(v, f"{name} {k!r}", config, tokenizer, end) for k, v in rows.items()}
+        return {
+            k: _tokenized(v, f"{name} {k!r}", config, tokenizer, end, longest)
+            for k, v in rows.items()
+        }
     evaluating = name.startswith("eval")
     origin = (config.eval_dataset_name if evaluating else None) or config.dataset_name or name
     encoding = Encoding(
         tokenizer=tokenizer,
         eos_ids=end,
-        max_length=config.max_length,
+        max_length=longest,
         completion=evaluating or config.recipe.reads_dataset,
         as_chat=config.as_chat,
         skip_long_prompts=config.skip_long_prompts,
