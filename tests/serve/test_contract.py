@@ -1,5 +1,9 @@
 """The official OpenAI client must not notice the difference."""
 
+import os
+import subprocess
+import sys
+
 import openai
 import pytest
 
@@ -244,3 +248,19 @@ def test_transformers_chat_finds_its_model_loaded(served):
     answer = served.post("/load_model", model=tiny.NAME)
     assert tiny.events(answer.text)[0]["status"] == "ready"
     assert served.post("/load_model", model="other").status_code == 404
+
+
+def test_transformers_chat(served):
+    """The real program, talking to the server as it does to its own."""
+    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", tiny.NAME]
+    done = subprocess.run(
+        [*command, f"{served.url}/v1"],
+        input="the cat sat\n!exit\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "was already loaded" in done.stdout and f"<{tiny.NAME}>:" in done.stdout
+    assert served.metric("generation_tokens") > 0
