@@ -102,8 +102,16 @@ class Demo:
                 f"{self.folder} holds a demo with other settings: name another --output-dir, or "
                 "pass --fresh to start again"
             )
+        self._check_model()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(marker, self.settings)
+
+    def _check_model(self) -> None:
+        """Refuse a model before its weights are loaded and before anything is written."""
+        from retort.decode.support import check_supported
+        from retort.models.zoo import load_config
+
+        check_supported(load_config(self.model_name))
 
     # Shared parts
     @cached_property
