@@ -223,3 +223,45 @@ def test_unsupported_models_are_refused_by_name():
         model = AutoModelForCausalLM.from_config(config)
         with pytest.raises(UnsupportedModelError, match=reason):
             Engine(model)
+
+
+@pytest.mark.parametrize(
+    ("append", "more", "named"),
+    [
+        ([10**6], None, "append: token id 1000000"),
+        ([-1], None, "append: token id -1"),
+        ([1.5], None, "list of token ids"),
+        ([5] * 10_000, 4, "context"),
+        ([5], -1, "max_new_tokens=-1"),
+    ],
+)
+def test_a_refused_rewind_leaves_the_row_as_it_was(append, more, named):
+    model, prompt = toy(), prompts((6,))[0]
+    with Engine(model) as engine:
+        rid = engine.add_request(prompt, SamplingParams(max_new_tokens=5), hold=True)
+        while engine.has_unfinished():
+            engine.step()
+        before = list(engine.request(rid).tokens)
+        with pytest.raises(ConfigurationError, match=named):
+            engine.rewind(rid, len(prompt) + 2, append, more)
+        assert engine.request(rid).tokens == before and not engine.has_unfinished()
+        engine.rewind(rid, len(prompt) + 2, torch.tensor([5]), 3)
+        outputs = [o for _ in range(3) for o in engine.step()]
+        assert outputs[0].token_ids[2] == 5
+
+
+def test_one_prompt_may_be_a_tensor():
+    model, prompt = toy(), prompts((6,))[0]
+    with Engine(model) as engine:
+        (out,) = engine.generate(torch.tensor(prompt), max_new_tokens=3)
+        assert out.token_ids == reference(model, prompt, max_new_tokens=3)
+
+
+def test_an_unsupported_drafter_is_refused_before_its_weights(monkeypatch, tmp_path):
+    from transformers import MambaConfig
+
+    MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    monkeypatch.setattr("retort.models.loader.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UnsupportedModelError, match="mamba"):
+        Engine(toy(), drafter=str(tmp_path))

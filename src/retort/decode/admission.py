@@ -58,6 +58,24 @@ class Admission:
         if self._limit is not None:
             request.limit = min(request.limit, self._limit)
 
+    def continuation(
+        self, length: int, append: Sequence[int], max_new_tokens: int | None
+    ) -> list[int]:
+        """The tokens to put after a row's first ``length``, as ids that the model can read.
+
+        Raises:
+            ConfigurationError: unknown ids, more than the context holds, or a negative count.
+        """
+        if (max_new_tokens or 0) < 0:
+            raise ConfigurationError(f"max_new_tokens={max_new_tokens} must be at least 0")
+        ids = encode(append, self._tokenizer)
+        self._check_ids("append", ids)
+        if self._limit is not None and length + len(ids) > self._limit:
+            raise ConfigurationError(
+                f"append: {length} + {len(ids)} tokens exceed the model's context of {self._limit}"
+            )
+        return ids
+
     def replay(self, request: Request) -> None:
         """Make the text state anew after a row's tokens were replaced."""
         if request.text is not None:
@@ -134,6 +152,8 @@ def is_single(prompts: Any) -> bool:
     """Whether ``prompts`` is one prompt and not a list of them."""
     if isinstance(prompts, str):
         return True
+    if hasattr(prompts, "ndim"):  # an array or a tensor
+        return prompts.ndim == 1
     return len(prompts) > 0 and isinstance(prompts[0], (int, dict))
 
 

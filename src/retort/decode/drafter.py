@@ -12,6 +12,7 @@ from retort.decode.draft import Draft, DraftContext
 from retort.decode.packed import PackedModel
 from retort.decode.processors import is_plain, shape_scores
 from retort.decode.sampling import DRAFT, TOKEN, draw
+from retort.decode.support import check_supported
 from retort.errors import ConfigurationError
 
 
@@ -202,8 +203,9 @@ def build_drafter(drafter: Any, target: Any) -> Drafter | None:
     if isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, str):
-        from retort.models.zoo import load_model
+        from retort.models.zoo import load_config, load_model
 
+        check_supported(load_config(drafter))
         drafter = load_model(drafter, dtype=target.dtype)
     _check_vocabulary(drafter, target.config.get_text_config())
     return ModelDrafter(drafter)

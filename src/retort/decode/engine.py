@@ -220,10 +220,12 @@ class Engine:
             max_new_tokens: most tokens to generate after these.
 
         Raises:
-            ConfigurationError: not a held and finished request, or a length outside its text.
+            ConfigurationError: not a held and finished request, a length outside its text, or
+                tokens that the model cannot read; the request stays as it was.
             RewindError: a recurrent row whose tape does not reach back that far.
         """
         request = self._held(request_id)
+        append = self._admission.continuation(length, append, max_new_tokens)
         limit = request.limit if max_new_tokens is None else length + len(append) + max_new_tokens
         self.scheduler.check(request_id, limit)
         request.check_kept(length)
