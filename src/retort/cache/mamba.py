@@ -75,7 +75,8 @@ class _Pass:
         anchors: of each row when the pass has ended, length → slot.
         fresh: slots that this pass fills.
         resumed: rows of the layout that have a state, and its slot; ascending.
-        history: pages, offsets and validity of the K−1 inputs before each row ``[R, K−1]``.
+        history: pages and offsets of the K−1 inputs before each row ``[R, K−1]``, and which
+            exist, None where all do.
         kept: tokens whose states are kept, and their slots.
         taped: tokens for the tape, and their pages and offsets.
     """
@@ -83,7 +84,7 @@ class _Pass:
     anchors: dict[int, dict[int, int]]
     fresh: list[int]
     resumed: tuple[list[int], Tensor]
-    history: tuple[Tensor, Tensor, Tensor]
+    history: tuple[Tensor, Tensor, Tensor | None]
     kept: _Places
     taped: _Places
 
@@ -276,7 +277,7 @@ class MambaRowCache(RecurrentRowCache):
             return wanted | {0} | {place for place in ends if place % GRID == 0}
         return {place for place in wanted if place >= ends[max(cut - 1, 0)]}
 
-    def _history(self, layout: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
+    def _history(self, layout: PackedRows) -> tuple[Tensor, Tensor, Tensor | None]:
         width = self.shape.kernel - 1
         spans = [range(start - width, start) for start in layout.starts]
         places = self._index([place for span in spans for place in span])
@@ -286,7 +287,8 @@ class MambaRowCache(RecurrentRowCache):
             for row, span in zip(layout.rows, spans, strict=True)
             for place in span
         ]
-        valid = (places >= 0).unsqueeze(-1)
+        young = min(layout.starts) < width
+        valid = (places >= 0).unsqueeze(-1) if young else None
         return self._index(pages).view_as(places), places % self.page, valid
 
     def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
@@ -294,8 +296,9 @@ class MambaRowCache(RecurrentRowCache):
 
     def history(self, layer: int, rows: slice) -> Tensor:
         """The K−1 convolution inputs before rows of the layout ``[r, K−1, D]``, 0 before any."""
-        pages, offsets, valid = (x[rows] for x in self._running.history)
-        return self.tape.values[layer, pages, offsets].masked_fill(~valid, 0)
+        pages, offsets, valid = self._running.history
+        x = self.tape.values[layer, pages[rows], offsets[rows]]
+        return x if valid is None else x.masked_fill(~valid[rows], 0)
 
     def resume(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Those of the rows that have a state (numbers from 0), and their states ``[k, N, D]``."""

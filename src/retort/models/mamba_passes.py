@@ -59,6 +59,7 @@ class StatePass:
         self._states: dict[int, Tensor] = {}  # of each layer, at the end of the last piece
         self._inputs: dict[int, Tensor] = {}
         self._fed: Tensor | None = None
+        self._scratch: Tensor | None = None
 
     def __iter__(self) -> Iterator[Piece]:
         """The pieces, in order."""
@@ -93,11 +94,20 @@ class StatePass:
         earlier: tuple[Tensor, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `MambaPass.mix`."""
-        h = scan_states(inputs, self._piece, self._resume(layer, inputs))
+        h = scan_states(inputs, self._piece, self._resume(layer, inputs), self._work(inputs))
         if self._cache is not None and self._fed is not None:
             self._cache.record(layer, self._piece, self._fed, inputs, h)
         self._states[layer] = h[-1].clone()
         return read(c, h if fuse is None else fuse(h, list(earlier))), (h,)
+
+    def _work(self, inputs: ScanInputs) -> Tensor | None:
+        """One tensor for the decays of every layer and piece: fresh memory is slow."""
+        if torch.is_grad_enabled():
+            return None
+        count = len(inputs.u)
+        if self._scratch is None or len(self._scratch) < count:
+            self._scratch = inputs.a.new_empty(count, *inputs.a.shape)
+        return self._scratch[:count]
 
     def _resume(self, layer: int, inputs: ScanInputs) -> tuple[Tensor, Tensor] | None:
         parts = []

@@ -26,6 +26,9 @@ LONGEST = RADIX**LEVELS
 """The longest chunk."""
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 class ScanInputs(NamedTuple):
     """What drives one layer's recurrence: A ``[N, D]``, Δ ``[n, D]``, B ``[n, N]``, u ``[n, D]``.
 
@@ -37,13 +40,14 @@ class ScanInputs(NamedTuple):
     b: Tensor
     u: Tensor
 
-    def discretise(self) -> tuple[Tensor, Tensor]:
-        """exp(Δ A) and Δ B u, each ``[n, N, D]`` and new.
+    def discretise(self, out: tuple[Tensor | None, Tensor | None] = (None, None)) -> Pair:
+        """exp(Δ A) and Δ B u, each ``[n, N, D]``: new, or in the tensors ``out``.
 
         The only place where they are computed, so that a replay repeats a pass's bits.
         """
-        decay = (self.dt.unsqueeze(-2) * self.a).exp_()
-        return decay, (self.dt * self.u).unsqueeze(-2) * self.b.unsqueeze(-1)
+        decay = torch.mul(self.dt.unsqueeze(-2), self.a, out=out[0]).exp_()
+        scaled = (self.dt * self.u).unsqueeze(-2)
+        return decay, torch.mul(scaled, self.b.unsqueeze(-1), out=out[1])
 
     def tokens(self, part: slice) -> ScanInputs:
         """The inputs of some tokens."""
@@ -135,7 +139,7 @@ def step_scan(decay: Tensor, x: Tensor, steps: tuple[int, ...]) -> Tensor:
 
 
 def scan_states(
-    inputs: ScanInputs, piece: Piece, resume: tuple[Tensor, Tensor] | None = None
+    inputs: ScanInputs, piece: Piece, resume: Pair | None = None, work: Tensor | None = None
 ) -> Tensor:
     """All states of a piece, ``[n, N, D]``.
 
@@ -143,11 +147,12 @@ def scan_states(
         inputs: what drives the recurrence.
         piece: where segments start and how they are scanned.
         resume: segments ``[k]`` of the piece that go on, and their states ``[k, N, D]``.
+        work: ``[n, N, D]`` that may be overwritten, where no gradient is asked for.
     """
-    decay, x = inputs.discretise()
+    decay, x = inputs.discretise((work, None))
     if resume is not None:
         at = piece.starts[resume[0]]
-        x = x.index_add(0, at, decay[at] * resume[1])
+        x.index_add_(0, at, decay[at] * resume[1])
     plan = piece.plan
     if plan.order is not None:
         decay, x = decay[plan.order], x[plan.order]
@@ -180,12 +185,14 @@ class _SelectiveScan(torch.autograd.Function):
         ctx.chunks = _chunks(len(u), starts, chunk_size)
         inputs = ScanInputs(a, dt, b, u)
         state = torch.zeros_like(a)
-        kept, y = [], torch.empty_like(u)
+        kept, y, work = [], torch.empty_like(u), _Work(2, inputs, chunk_size)
         for part, first in ctx.chunks:
             kept.append(state)
-            h = _chunk_states(*_chunk_inputs(inputs, part, first), state)
+            decay, x = work.discretise(inputs.tokens(part), first)
+            h = _chunk_states(decay, x, state)
             y[part] = read(c[part], h)
             state = h[-1].clone()
+        ctx.chunk_size = chunk_size
         ctx.save_for_backward(*inputs, c, torch.stack(kept))
         return y
 
@@ -195,10 +202,26 @@ class _SelectiveScan(torch.autograd.Function):
         *tensors, c, kept = ctx.saved_tensors
         inputs = ScanInputs(*tensors)
         grads = [torch.zeros_like(t) for t in (*inputs, c)]
-        carry = torch.zeros_like(kept[0])
+        carry, work = torch.zeros_like(kept[0]), _Work(4, inputs, ctx.chunk_size)
         for (part, first), state in zip(reversed(ctx.chunks), kept.flip(0), strict=True):
-            carry = _chunk_gradients(inputs, c, (part, first), state, (grad, carry), grads)
+            decay, x = work.discretise(inputs.tokens(part), first)
+            flowing = grad[part], carry
+            carry = _chunk_gradients(inputs, c, part, (decay, x, state), flowing, work, grads)
         return (*grads, None, None)
+
+
+class _Work:
+    """Tensors of one chunk that every chunk uses again: fresh memory costs more than the work."""
+
+    def __init__(self, count: int, inputs: ScanInputs, size: int) -> None:
+        size = min(size, len(inputs.u))
+        self.tensors = inputs.a.new_empty(count, size, *inputs.a.shape).unbind()
+
+    def discretise(self, inputs: ScanInputs, first: Tensor) -> Pair:
+        """Those of a chunk in the first two tensors; no decay into the tokens ``first``."""
+        n = len(inputs.u)
+        decay, x = inputs.discretise((self.tensors[0][:n], self.tensors[1][:n]))
+        return decay.index_fill_(0, first, 0), x
 
 
 def _chunks(length: int, starts: Tensor, size: int) -> list[tuple[slice, Tensor]]:
@@ -210,11 +233,6 @@ def _chunks(length: int, starts: Tensor, size: int) -> list[tuple[slice, Tensor]
     return [(slice(i, min(i + size, length)), s - i) for i, s in zip(bounds, firsts, strict=True)]
 
 
-def _chunk_inputs(inputs: ScanInputs, part: slice, first: Tensor) -> tuple[Tensor, Tensor]:
-    decay, x = inputs.tokens(part).discretise()
-    return decay.index_fill_(0, first, 0), x
-
-
 def _chunk_states(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
     x[0].addcmul_(decay[0], state)
     _scan_(decay, x)
@@ -224,9 +242,10 @@ def _chunk_states(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
 def _chunk_gradients(
     inputs: ScanInputs,
     c: Tensor,
-    chunk: tuple[slice, Tensor],
-    state: Tensor,
-    flowing: tuple[Tensor, Tensor],
+    part: slice,
+    chunk: tuple[Tensor, Tensor, Tensor],
+    flowing: Pair,
+    work: _Work,
     grads: list[Tensor],
 ) -> Tensor:
     """Fill in the gradients of one chunk; returns that of the state before it.
@@ -234,26 +253,25 @@ def _chunk_gradients(
     With g_t = ∂L/∂h_t (the reverse scan of C_t ⊗ ∂L/∂y_t), log decay Δ_t A gets
     g_t h_{t−1} exp(Δ_t A) and the input Δ_t B_t u_t gets g_t.
     """
-    part, first = chunk
-    grad_y, carry = flowing[0][part], flowing[1]
+    (decay, x, state), (grad_y, later) = chunk, flowing
     a, dt, b, u = inputs.tokens(part)
-    decay, x = _chunk_inputs(inputs, part, first)
-    h = _chunk_states(decay.clone(), x, state)
-    g = c[part].unsqueeze(-1) * grad_y.unsqueeze(-2)
-    g[-1] += carry
-    _scan_(_from_next(decay), g, reverse=True)
-    carry = decay[0] * g[0]
+    spare, g = (t[: len(u)] for t in work.tensors[2:])
+    h = _chunk_states(spare.copy_(decay), x, state)
+    torch.mul(c[part].unsqueeze(-1), grad_y.unsqueeze(-2), out=g)
+    g[-1] += later
+    spare[:-1], spare[-1] = decay[1:], 0
+    _scan_(spare, g, reverse=True)
+    before = decay[0] * g[0]
     log = decay.mul_(g)
     log[1:].mul_(h[:-1])
     log[0].mul_(state)
-    scaled = dt * u
     grad_scaled = read(b, g)
-    grads[0] += (log * dt.unsqueeze(1)).sum(0)
-    grads[1][part] = (log * a).sum(1) + grad_scaled * u
-    grads[2][part] = (g @ scaled.unsqueeze(-1)).squeeze(-1)
+    grads[0] += torch.mul(log, dt.unsqueeze(1), out=spare).sum(0)
+    grads[1][part] = log.mul_(a).sum(1) + grad_scaled * u
+    grads[2][part] = (g @ (dt * u).unsqueeze(-1)).squeeze(-1)
     grads[3][part] = grad_scaled * dt
     grads[4][part] = (h @ grad_y.unsqueeze(-1)).squeeze(-1)
-    return carry
+    return before
 
 
 def selective_scan(inputs: ScanInputs, c: Tensor, starts: Tensor, chunk_size: int = 64) -> Tensor:
