@@ -44,8 +44,8 @@ def stream(served, results: list, body: dict) -> threading.Thread:
     return thread
 
 
-def test_s11_and_s12_in_one_life(folder):
-    """One start: the first signal drains, a killed engine is seen, nothing is left behind."""
+def test_s11_sigterm_drains_and_leaves_nothing_behind(folder):
+    """Running streams finish, new requests go elsewhere, exit code 0, no orphan, port free."""
     with tiny.as_command(folder, "--drafter", "prompt-lookup", "--max-num-seqs", "4") as (
         served,
         process,

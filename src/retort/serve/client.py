@@ -214,6 +214,8 @@ class EngineClient:
                 continue
             if delta.finish is not None:
                 self._live.pop(delta.id)
+            if delta.finish == "error":  # no client sees it as a delta, so it is counted here
+                self.metrics.finished("error")
             generation.put(delta)
 
     def _send(self, message: Add | Cancel | Stop) -> None:
