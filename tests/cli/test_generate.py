@@ -31,6 +31,14 @@ def test_refused_before_the_model_is_loaded(capsys, monkeypatch, arguments, mess
     assert captured.out == ""
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "zzz"])
+def test_a_device_that_is_not_there(capsys, tiny_llama, device):
+    assert cli.run(["generate", str(tiny_llama), "-p", "x", "--device", device]) == 2
+    captured = capsys.readouterr()
+    assert f"device '{device}' cannot be used" in captured.err
+    assert captured.err.count("\n") == 2  # "Loading", and the error
+
+
 def test_an_output_that_is_no_regular_file_is_refused(capsys, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from retort.decode.request import Request, SamplingParams
@@ -102,11 +102,14 @@ class Admission:
 def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
     """Ids of one prompt: text as it stands, messages through the chat template, ids unchanged."""
     if isinstance(prompt, str):
+        _check_text(prompt)
         return list(_need(tokenizer, "text")(prompt).input_ids)
-    items: list[Any] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    found: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    items: list[Any] = list(found) if isinstance(found, Iterable) else [found]
     if items and all(isinstance(item, dict) for item in items):
         return _chat(items, _need(tokenizer, "chat"))
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+    whole = all(isinstance(item, int) and not isinstance(item, bool) for item in items)
+    if whole and isinstance(found, Iterable):
         return items
     raise ConfigurationError(
         f"a prompt must be text, a list of token ids or a list of chat messages, not {prompt!r:.80}"
@@ -133,7 +136,21 @@ def check(ids: Sequence[int], vocab_size: int, limit: int | None) -> None:
         )
 
 
+def _check_text(text: str) -> None:
+    """Refuse half a surrogate pair, which no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"the prompt is not Unicode text: character {error.start} is a lone surrogate; "
+            "check how it was decoded"
+        ) from None
+
+
 def _chat(messages: list[dict], tokenizer: Any) -> list[int]:
+    for message in messages:
+        if isinstance(content := message.get("content"), str):
+            _check_text(content)
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True
     )
@@ -149,12 +166,23 @@ def _need(tokenizer: Any, kind: str) -> Any:
 
 
 def is_single(prompts: Any) -> bool:
-    """Whether ``prompts`` is one prompt and not a list of them."""
+    """Whether ``prompts`` is one prompt and not a list of them.
+
+    Raises:
+        ConfigurationError: neither, such as None or a single message.
+    """
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise ConfigurationError(
+            f"prompts must be a prompt (text, token ids, chat messages) or a list of them, "
+            f"not {prompts!r:.80}"
+        )
     if isinstance(prompts, str):
         return True
     if hasattr(prompts, "ndim"):  # an array or a tensor
         return prompts.ndim == 1
-    return len(prompts) > 0 and isinstance(prompts[0], (int, dict))
+    return (
+        isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], (int, dict))
+    )
 
 
 def _as_ids(given: int | Sequence[int] | None) -> list[int]:

@@ -237,9 +237,10 @@ def build_budget(draft_budget: int | str | DraftBudget, max_draft: int = 7) -> D
         return AutoBudget(max_draft)
     if draft_budget == "counts":
         return CountBudget(max_draft)
-    if isinstance(draft_budget, int) and draft_budget >= 0:
+    whole = isinstance(draft_budget, int) and not isinstance(draft_budget, bool)
+    if whole and draft_budget >= 0:
         return FixedBudget(draft_budget)
-    if isinstance(draft_budget, (str, int)):
+    if not hasattr(draft_budget, "allocate"):
         raise ConfigurationError(
             f"draft_budget={draft_budget!r} is wrong: give 'auto', 'counts' or a whole number, "
             "0 or more"

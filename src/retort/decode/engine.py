@@ -101,6 +101,7 @@ class Engine:
             raise
         self.stats = EngineStats()
         self._requests: dict[str, Request] = {}
+        self._finished: list[RequestOutput] = []
         self._count = 0
 
     @classmethod
@@ -118,11 +119,11 @@ class Engine:
 
         check_supported(load_config(model_name_or_path, trust_remote_code=trust_remote_code))
         model: Any = load_model(
-            model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code
+            model_name_or_path, dtype, device=device, trust_remote_code=trust_remote_code
         )
         tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
         options.setdefault("release_weights", True)
-        return cls(model if device is None else model.to(device), tokenizer, **options)
+        return cls(model, tokenizer, **options)
 
     # One call for many prompts
     def generate(self, prompts: Any, **sampling: Any) -> list[RequestOutput]:
@@ -136,7 +137,7 @@ class Engine:
         outputs: dict[str, RequestOutput] = {}
         try:
             while len(outputs) < len(ids):
-                outputs |= {o.request_id: o for o in self.step() if o.request_id in ids}
+                outputs |= {o.request_id: o for o in self._advance(ids)}
         finally:
             self._abandon(ids)
         return [outputs[i] for i in ids]
@@ -152,7 +153,7 @@ class Engine:
         live = [self._requests[rid] for rid in ids]
         try:
             while live:
-                self.step()
+                self._advance(ids)
                 yield from (c for r in live if (c := chunk(r, order[r.id], sent)) is not None)
                 live = [r for r in live if r.finish_reason is None]
         finally:
@@ -194,16 +195,17 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether a step has work to do."""
-        return not self.scheduler.idle
+        return bool(self._finished) or not self.scheduler.idle
 
     def step(self) -> list[RequestOutput]:
-        """Advance every row in work by one pass and return the requests that finished."""
-        plan = self._schedule()
-        with self._clock(plan):
-            drafts = self.drafting.propose(plan.decodes)
-            logits = self._forward(plan, drafts)
-            self._accept(plan, drafts, logits)
-        return self._retire()
+        """Advance every row in work by one pass and return the requests that finished.
+
+        Requests that finished while `generate` or `stream` was at work are returned here too.
+        """
+        if not self.scheduler.idle or not self._finished:
+            self._pass()
+        finished, self._finished = self._finished, []
+        return finished
 
     def rewind(
         self,
@@ -278,6 +280,22 @@ class Engine:
         self.close()
 
     # The parts of a step
+    def _pass(self) -> None:
+        """Schedule, draft, forward, verify; what finishes is handed out by `step`."""
+        plan = self._schedule()
+        with self._clock(plan):
+            drafts = self.drafting.propose(plan.decodes)
+            logits = self._forward(plan, drafts)
+            self._accept(plan, drafts, logits)
+        self._finished += self._retire()
+
+    def _advance(self, ids: Sequence[str]) -> list[RequestOutput]:
+        """One pass; the outputs of ``ids`` that finished, the others wait for `step`."""
+        self._pass()
+        mine = [o for o in self._finished if o.request_id in ids]
+        self._finished = [o for o in self._finished if o.request_id not in ids]
+        return mine
+
     def _schedule(self) -> Plan:
         plan = self.scheduler.schedule()
         for request in plan.preempted:

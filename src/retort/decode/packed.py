@@ -21,8 +21,10 @@ from retort.cache.native import NativeAttentionRowCache
 from retort.cache.rows import RowCache
 from retort.decode.backend import Backend
 from retort.decode.support import check_supported
+from retort.errors import ConfigurationError
 
 ATTENTION = "retort_rows"
+TAPES = ("draft", "completion")
 
 # The attention function gets its cache from here: some models drop keywords that they do not know.
 _active_cache: ContextVar[AttentionRowCache | None] = ContextVar("row cache", default=None)
@@ -49,6 +51,7 @@ class PackedModel:
 
     Raises:
         UnsupportedModelError: the model uses a feature that a packed pass would get wrong.
+        ConfigurationError: an option has an unknown value.
     """
 
     padding_tokens = 0
@@ -64,6 +67,8 @@ class PackedModel:
         weight_storage: str = "auto",
         fuse_layers: bool = True,
     ) -> None:
+        if tape not in TAPES:
+            raise ConfigurationError(f"tape={tape!r} must be one of {TAPES}")
         check_supported(model.config, type(model))
         self.model = model
         self.backend = Backend(model, cpu_backend, release_weights, weight_storage)

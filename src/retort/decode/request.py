@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal
 
 from retort.errors import ConfigurationError
@@ -99,7 +100,7 @@ class SamplingParams:
             ("max_new_tokens", _whole(self.max_new_tokens, 0), "a whole number of at least 0"),
             (
                 "min_new_tokens",
-                _whole(self.min_new_tokens, 0) and self.min_new_tokens <= self.max_new_tokens,
+                _whole(self.min_new_tokens, 0) and _whole(self.max_new_tokens, self.min_new_tokens),
                 "between 0 and max_new_tokens",
             ),
             ("temperature", _within(self.temperature, 0, math.inf), "a finite number above 0"),
@@ -111,26 +112,39 @@ class SamplingParams:
                 _within(self.repetition_penalty, 0, math.inf),
                 "a finite number above 0",
             ),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
+            ("presence_penalty", _within(self.presence_penalty), "finite"),
+            ("frequency_penalty", _within(self.frequency_penalty), "finite"),
+            ("logit_bias", _biases(self.logit_bias), "token ids with numbers, none NaN or +inf"),
             (
                 "bad_words_ids",
-                all(words and all(_whole(t, 0) for t in words) for words in self.bad_words),
+                _all(self.bad_words, _token_ids),
                 "a list of non-empty lists of token ids",
             ),
             (
                 "logits_processors",
-                all(map(callable, self.logits_processors)),
+                _all(self.logits_processors, callable),
                 "a list of functions of (tokens, scores)",
             ),
             (
                 "stopping_criteria",
-                all(map(callable, self.stopping_criteria)),
+                _all(self.stopping_criteria, callable),
                 "a list of functions of the row's tokens",
+            ),
+            (
+                "eos_token_id",
+                self.eos_token_id is None
+                or _integer(self.eos_token_id)
+                or _all(self.eos_token_id, _integer),
+                "a token id or a list of them",
             ),
             ("seed", _integer(self.seed), "a whole number"),
             ("n", _whole(self.n, 1), "a whole number of at least 1"),
-            ("stop_strings", all(isinstance(s, str) and s for s in self.stops), "non-empty text"),
+            (
+                "stop_strings",
+                self.stop_strings is None
+                or (_all(self.stop_strings, _text) and "" not in self.stops),
+                "non-empty text",
+            ),
             ("logprobs", _count_or_none(self.logprobs), "None or a whole number of at least 0"),
             (
                 "prompt_logprobs",
@@ -282,5 +296,29 @@ def _count_or_none(value: Any) -> bool:
     return value is None or _whole(value, 0)
 
 
-def _within(value: float, above: float, most: float) -> bool:
-    return math.isfinite(value) and above < value <= most
+def _within(value: Any, above: float = -math.inf, most: float = math.inf) -> bool:
+    return _number(value) and math.isfinite(value) and above < value <= most
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _all(values: Any, test: Callable[[Any], Any]) -> bool:
+    return isinstance(values, Iterable) and all(map(test, values))
+
+
+def _token_ids(values: Any) -> bool:
+    return bool(values) and _all(values, lambda token: _whole(token, 0))
+
+
+def _biases(values: Any) -> bool:
+    return values is None or (
+        isinstance(values, Mapping)
+        and _all(values, _integer)
+        and _all(values.values(), lambda v: _number(v) and v < math.inf)
+    )

@@ -97,8 +97,8 @@ class Scheduler:
             ("max_prefill_tokens", max_prefill_tokens),
             ("max_cached_tokens", 1 if max_cached_tokens is None else max_cached_tokens),
         ):
-            if value < 1:
-                raise ConfigurationError(f"{name}={value} must be at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
         self.max_batch_size, self.max_prefill_tokens = max_batch_size, max_prefill_tokens
         self.max_cached_tokens, self.max_draft = max_cached_tokens, max_draft
         self.waiting: deque[Request] = deque()

@@ -42,11 +42,12 @@ def load_model(
         **keywords: passed to ``from_pretrained``.
 
     Raises:
-        ConfigurationError: unknown ``dtype``.
+        ConfigurationError: unknown ``dtype``, or no such ``device``.
         RetortError: the folder holds pickles only, links out of itself, damaged or missing
             weights, or a configuration that names code.
     """
     where, wanted = checked(where), parse_dtype(dtype)
+    check_device(device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
@@ -107,6 +108,19 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if name not in _DTYPES:
         raise ConfigurationError(f"unknown dtype {dtype!r}; one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Find out before weights are read whether ``device`` is there.
+
+    Raises:
+        ConfigurationError: no device of that name, or PyTorch cannot use it here.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = _one_line(str(error).split("\n")[0])
+        raise ConfigurationError(f"device {str(device)!r} cannot be used: {reason}") from error
 
 
 def checked(where: str) -> str:

@@ -1,0 +1,91 @@
+"""What a caller of the engine gets wrong is a ConfigurationError that names it."""
+
+import math
+
+import pytest
+
+from retort.decode.admission import encode
+from retort.decode.engine import Engine
+from retort.decode.request import SamplingParams
+from retort.errors import ConfigurationError
+from tests.decode.toys import prompts, reference, toy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", None),
+        ("max_new_tokens", 2.5),
+        ("min_new_tokens", "x"),
+        ("temperature", "x"),
+        ("temperature", None),
+        ("top_p", [1]),
+        ("min_p", "x"),
+        ("presence_penalty", None),
+        ("logit_bias", {3: math.nan}),
+        ("logit_bias", {3: "x"}),
+        ("logit_bias", {"3": 1.0}),
+        ("logit_bias", 5),
+        ("bad_words_ids", 5),
+        ("bad_words_ids", [5]),
+        ("logits_processors", 5),
+        ("stopping_criteria", 5),
+        ("stop_strings", 5),
+        ("stop_strings", [None]),
+        ("eos_token_id", "x"),
+    ],
+)
+def test_sampling_values_of_the_wrong_kind(name, value):
+    with pytest.raises(ConfigurationError, match=f"{name}="):
+        SamplingParams(**{name: value})
+
+
+def test_a_ban_by_bias_is_allowed():
+    assert SamplingParams(logit_bias={3: -math.inf}).logit_bias == {3: -math.inf}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("draft_budget", 1.5),
+        ("draft_budget", True),
+        ("draft_budget", None),
+        ("max_batch_size", 2.5),
+        ("max_batch_size", None),
+        ("max_cached_tokens", "x"),
+        ("tape", "x"),
+    ],
+)
+def test_engine_options_of_the_wrong_kind(name, value):
+    model = toy(num_hidden_layers=1)
+    with pytest.raises(ConfigurationError, match=f"{name}="):
+        Engine(model, **{name: value})
+
+
+@pytest.mark.parametrize("given", [None, 5, {"role": "user", "content": "x"}, [None], [[1.5]]])
+def test_prompts_that_are_none(given):
+    with Engine(toy(num_hidden_layers=1)) as engine:
+        with pytest.raises(ConfigurationError, match="prompt"):
+            engine.generate(given)
+        assert not engine.has_unfinished()
+
+
+@pytest.mark.parametrize("prompt", ["ab\ud800", [{"role": "user", "content": "\udcff"}]])
+def test_a_lone_surrogate_is_no_text(prompt):
+    with pytest.raises(ConfigurationError, match="surrogate"):
+        encode(prompt, object())
+
+
+def test_generate_keeps_the_outputs_of_other_requests_for_step():
+    model = toy()
+    short, long = prompts((5, 9))
+    with Engine(model) as engine:
+        rid = engine.add_request(short, SamplingParams(max_new_tokens=3))
+        engine.generate([long], max_new_tokens=8)
+        other = engine.add_request(long, SamplingParams(max_new_tokens=2))
+        list(engine.stream([short], max_new_tokens=8))
+        assert engine.has_unfinished()
+        outputs = engine.step()
+        assert [o.request_id for o in outputs] == [rid, other]
+        assert outputs[0].token_ids == reference(model, short, max_new_tokens=3)
+        assert not engine.has_unfinished()
