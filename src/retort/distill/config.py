@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from retort.distill.losses import DIVERGENCES, SPAN_DISTANCES, DacSettings, divergence
 from retort.distill.presets import KEYS, PRESETS, Preset, preset
@@ -138,8 +139,11 @@ class DistillConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check every value that is ours; transformers checks its own."""
         self._check_given()
+        if self.max_steps == 0:
+            raise ConfigurationError("max_steps=0 trains nothing: give at least 1, or -1 for all")
         try:
             super().__post_init__()
+            get_reporting_integration_callbacks(self.report_to)
         except (ValueError, TypeError) as error:  # transformers' own checks
             raise ConfigurationError(" ".join(str(error).split())) from error
         for name, fine, rule in self._rules():
@@ -156,11 +160,6 @@ class DistillConfig(TrainingArguments):
         return replace(
             preset(self.method), **{key: value for key, value in given.items() if value is not None}
         )
-
-    @property
-    def divergence_name(self) -> str:
-        """The term's name in logs: "dac", or the divergence's own."""
-        return self.recipe.divergence
 
     def dac_settings(self) -> DacSettings:
         """The constants of DAC-KL."""

@@ -67,6 +67,10 @@ def load_rows(name: str, split: str = "train", config: str | None = None) -> Dat
     path = Path(name).expanduser()
     if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
         raise ConfigurationError(f"dataset_name: there is no file {name}")
+    if path.suffix == ".jsonl" and split != "train":
+        raise ConfigurationError(
+            f"{name} is one file and has no split {split!r}: leave the split out"
+        )
     rows = _read_jsonl(path) if path.suffix == ".jsonl" else _load(name, path, split, config)
     if not len(rows):
         raise ConfigurationError(f"{name} is empty: give at least one row")

@@ -8,11 +8,13 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from retort.decode.support import check_supported
 from retort.distill import checkpoint
 from retort.distill.config import DistillConfig
 from retort.distill.data import load_rows
 from retort.distill.init import build_student
 from retort.distill.signals import check_vocabularies
+from retort.distill.spans import check_chunker
 from retort.distill.teachers import load_teacher
 from retort.distill.trainer import DistillTrainer
 from retort.errors import ConfigurationError
@@ -43,6 +45,7 @@ def build_trainer(
 ) -> DistillTrainer:
     """Load data, tokenizer, teacher and student, and put them together."""
     set_seed(config.seed)
+    check(config)
     train, evaluation = _train_rows(config), _eval_rows(config)
     teacher = _teacher(config)
     tokenizer = _tokenizer(config)
@@ -55,6 +58,41 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+
+
+def check(config: DistillConfig) -> None:
+    """Refuse, before weights are loaded or anything is written, what would fail in a step.
+
+    Raises:
+        ConfigurationError: evaluation without data, or a chunker or drafter that is not there.
+        UnsupportedModelError: a student that cannot write, or a teacher that cannot revise.
+    """
+    recipe, student = config.recipe, config.model_name_or_path
+    evaluates = config.eval_dataset_name or config.dataset_test_split
+    if config.eval_strategy != "no" and not evaluates:
+        raise ConfigurationError(
+            f"eval_strategy={config.eval_strategy.value!r} has no data: set eval_dataset_name or "
+            "dataset_test_split"
+        )
+    if recipe.span_weight > 0:
+        check_chunker(config.span_chunker)
+    drafter, teacher = config.rollout_drafter, config.teacher_model_name_or_path
+    needed = [
+        (student, recipe.writes and config.student_type is None),
+        (teacher, recipe.scrg),
+        (drafter, recipe.writes and drafter not in ("none", "prompt-lookup")),
+    ]
+    for name, decodes in needed:
+        if name is not None and decodes:
+            _check_decodes(name, config.trust_remote_code)
+
+
+def _check_decodes(name: str, trust_remote_code: bool) -> None:
+    from retort.models import zoo
+
+    found = zoo.load_config(name, trust_remote_code)
+    if not getattr(found, "auto_map", None):  # code of its own is known once it is loaded
+        check_supported(found)
 
 
 def _teacher(config: DistillConfig) -> Any:

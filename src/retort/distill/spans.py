@@ -115,6 +115,20 @@ def random_spans(span_ids: Sequence[int], seed: int = 0) -> list[int]:
 CHUNKERS: dict[str, Chunker] = {"punctuation": punctuation_spans, "spacy": spacy_spans}
 
 
+def check_chunker(name: str) -> str:
+    """The key of `CHUNKERS` behind a ``span_chunker``.
+
+    Raises ConfigurationError when it is unknown, or needs an extra that is not installed.
+    """
+    base = name.removeprefix("random").removeprefix("-") or "punctuation"
+    if base not in CHUNKERS:
+        known = sorted([*CHUNKERS, "random", "random-spacy"])
+        raise ConfigurationError(f"Unknown span_chunker {name!r}: use one of {known}.")
+    if base == "spacy":
+        _spacy_pipeline()
+    return base
+
+
 class SpanTagger:
     """Gives every token of a sequence the id of its span, NO_SPAN outside of all.
 
@@ -127,11 +141,7 @@ class SpanTagger:
         self.tokenizer = tokenizer
         self.seed = seed
         self.shuffled = chunker.startswith("random")
-        base = chunker.removeprefix("random").removeprefix("-") or "punctuation"
-        if base not in CHUNKERS:
-            known = sorted([*CHUNKERS, "random", "random-spacy"])
-            raise ConfigurationError(f"Unknown span_chunker {chunker!r}: use one of {known}.")
-        self.chunker = CHUNKERS[base]
+        self.chunker = CHUNKERS[check_chunker(chunker)]
 
     def __call__(self, token_ids: Sequence[int]) -> list[int]:
         """Span ids of a token sequence (a completion without its prompt)."""
