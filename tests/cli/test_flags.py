@@ -75,6 +75,7 @@ def test_bad_flags(arguments, message):
         ("- a list\n", "must map names"),
         ("", "must map names"),
         ("a: [", "is not YAML"),
+        ("output_dir: x\nsteps: 1\nsteps: 2\n", "key 'steps' twice, line 3"),
     ],
 )
 def test_bad_yaml(yaml_file, text, message):

@@ -74,9 +74,22 @@ def _apply_defaults(parser: FlagParser, file: Path) -> None:
         parser.set_defaults(**{key: _converted(parser, actions[key], value, file)})
 
 
+class _OnceEach(yaml.SafeLoader):
+    """The safe loader, which by itself lets the last of two equal keys win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are all different."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"key {key.value!r} twice, line {key.start_mark.line + 1}")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceEach)  # a SafeLoader
     except OSError as error:
         raise ConfigurationError(f"cannot read --config {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
