@@ -105,7 +105,8 @@ def write_whole(path: str | Path, write: Callable[[TextIO], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        # A text of a run may hold half a surrogate pair; it is written as "?" and loses no run.
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -7,7 +7,16 @@ import pytest
 
 from retort.errors import ConfigurationError
 from retort.provenance import Provenance, write_json
-from retort.report import Correction, DecodingRow, RunRecords, append_training, load, save
+from retort.report import (
+    Correction,
+    DecodingRow,
+    Heading,
+    RunRecords,
+    append_training,
+    build,
+    load,
+    save,
+)
 from retort.report.store import read_training
 from tests.report import sample_run
 
@@ -105,3 +114,11 @@ def test_what_a_process_collects_about_itself_is_read(tmp_path):
     collected = Provenance.collect({"method": "sft"}, {"seed": 3})
     write_json(tmp_path / "provenance.json", collected.to_dict())
     assert load(tmp_path).provenance == collected
+
+
+def test_half_a_surrogate_pair_does_not_lose_the_report(tmp_path):
+    heading = Heading(title="half \ud800 pair")
+    save(tmp_path, RunRecords(heading=heading))
+    assert load(tmp_path).heading.title == "half ? pair"
+    page = build(RunRecords(heading=heading), tmp_path / "x.html").read_text("utf-8")
+    assert "half \ufffd pair" in page
