@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -68,7 +70,7 @@ class FusedLayers:
             except Exception as error:  # whatever a foreign forward raises, it keeps that forward
                 self.skipped[name] = f"{type(error).__name__}: {error}"
                 continue
-            layer.forward = partial(_forward, fused, layer.forward)
+            layer.forward = _Forward(_forward, fused, layer.forward)
             self.fused.append(fused)
 
     def refresh(self) -> None:
@@ -81,6 +83,14 @@ class FusedLayers:
         for fused in self.fused:
             del fused.layer.forward
         self.fused.clear()
+
+
+class _Forward(partial):
+    """A fused layer's forward; a copy of the layer gets its class's own, without the core."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable:
+        layer = self.args[0].layer
+        return MethodType(type(layer).forward, deepcopy(layer, memo))
 
 
 def _forward(

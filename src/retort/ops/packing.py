@@ -7,6 +7,7 @@ places with a `PackedLinear`. Nothing global is patched.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,13 @@ class PackedLinear(nn.Module):
                 "the original weights were released: no gradient; pack with release=False to train"
             )
         return F.linear(x, self._matrix(), self.bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A plain layer: a copied model is one that no engine has packed."""
+        copied = deepcopy(self.source, memo)
+        if self.weight.is_meta:
+            copied.weight = nn.Parameter(self.unpacked(), self.trainable)
+        return copied
 
     def extra_repr(self) -> str:
         """Sizes and storage type, for ``print(model)``."""
