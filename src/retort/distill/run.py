@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from retort.decode.support import check_supported
 from retort.distill import checkpoint
@@ -69,9 +70,10 @@ def check(config: DistillConfig) -> None:
     """
     recipe, student = config.recipe, config.model_name_or_path
     evaluates = config.eval_dataset_name or config.dataset_test_split
-    if config.eval_strategy != "no" and not evaluates:
+    strategy = IntervalStrategy(config.eval_strategy).value
+    if strategy != "no" and not evaluates:
         raise ConfigurationError(
-            f"eval_strategy={config.eval_strategy.value!r} has no data: set eval_dataset_name or "
+            f"eval_strategy={strategy!r} has no data: set eval_dataset_name or "
             "dataset_test_split"
         )
     if recipe.span_weight > 0:
