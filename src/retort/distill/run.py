@@ -73,8 +73,7 @@ def check(config: DistillConfig) -> None:
     strategy = IntervalStrategy(config.eval_strategy).value
     if strategy != "no" and not evaluates:
         raise ConfigurationError(
-            f"eval_strategy={strategy!r} has no data: set eval_dataset_name or "
-            "dataset_test_split"
+            f"eval_strategy={strategy!r} has no data: set eval_dataset_name or dataset_test_split"
         )
     if recipe.span_weight > 0:
         check_chunker(config.span_chunker)
