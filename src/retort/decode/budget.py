@@ -237,10 +237,9 @@ def build_budget(draft_budget: int | str | DraftBudget, max_draft: int = 7) -> D
         return AutoBudget(max_draft)
     if draft_budget == "counts":
         return CountBudget(max_draft)
-    whole = isinstance(draft_budget, int) and not isinstance(draft_budget, bool)
-    if whole and draft_budget >= 0:
+    if type(draft_budget) is int and draft_budget >= 0:
         return FixedBudget(draft_budget)
-    if not hasattr(draft_budget, "allocate"):
+    if isinstance(draft_budget, (int, str)) or not hasattr(draft_budget, "allocate"):
         raise ConfigurationError(
             f"draft_budget={draft_budget!r} is wrong: give 'auto', 'counts' or a whole number, "
             "0 or more"

@@ -119,7 +119,7 @@ def check_device(device: str | torch.device | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = _one_line(str(error).split("\n")[0])
+        reason = str(error).split("\n")[0]
         raise ConfigurationError(f"device {str(device)!r} cannot be used: {reason}") from error
 
 
