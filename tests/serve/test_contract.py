@@ -254,7 +254,8 @@ def test_transformers_chat(served):
     command = [sys.executable, "-m", "transformers.cli.transformers", "chat", tiny.NAME]
     done = subprocess.run(
         [*command, f"{served.url}/v1"],
-        input="the cat sat\n!exit\n",
+        # Where an answer ends at its token limit the program asks whether to go on: "n".
+        input="the cat sat\n" + "n\n!exit\n" * 3,
         capture_output=True,
         text=True,
         check=False,
