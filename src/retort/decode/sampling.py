@@ -75,7 +75,7 @@ def stream_key(seed: int, sample: int = 0, round_: int = 0) -> int:
 
 
 def _bits(key: Number, index: Number, tokens: Tensor, stream: int) -> Tensor:
-    state = _mix(_mix(_int64(key) * _GOLDEN + _int64(index)) + stream * _GOLDEN)
+    state = _mix(_mix(_int64(key) * _GOLDEN + _int64(index)) + _wrap(stream * _GOLDEN))
     return _mix(_mix(tokens.to(torch.int64) * _GOLDEN + state.to(tokens.device)) + _GOLDEN)
 
 
