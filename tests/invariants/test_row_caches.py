@@ -23,7 +23,18 @@ from tests.models import mambas, retnets
 
 F32, F64 = torch.float32, torch.float64
 SMALL = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-OPERATIONS = ["open", "append", "append", "append", "rewind", "free", "park", "select", "cancel"]
+OPERATIONS = [
+    "open",
+    "append",
+    "append",
+    "append",
+    "rewind",
+    "free",
+    "park",
+    "select",
+    "cancel",
+    "twin",
+]
 
 
 def llama(dtype, backend):
@@ -140,8 +151,21 @@ def cancel(data, packed, naive):
     packed.cache.cancel()
 
 
+def twin(data, packed, naive):
+    """A new row made of copied pieces of an old one."""
+    row = data.draw(st.sampled_from(sorted(naive.rows)))
+    cache, tokens = packed.cache, naive.rows[row]
+    if not tokens:
+        return
+    length = data.draw(st.integers(1, len(tokens))) if cache.divisible else len(tokens)
+    cuts = range(0, length, 7) if cache.divisible else [0]
+    pieces = [cache.piece(row, at, min(at + 7, length)) for at in cuts if cache.divisible]
+    pieces = pieces or [cache.piece(row, 0, length)]
+    naive.rows[cache.unpark(cache.parked(length, pieces))] = tokens[:length]
+
+
 ACTIONS = {"append": append, "rewind": rewind, "free": free, "park": park, "select": select}
-ACTIONS["cancel"] = cancel
+ACTIONS |= {"cancel": cancel, "twin": twin}
 
 
 def exercise(data, packed, most):

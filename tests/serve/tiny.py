@@ -130,7 +130,8 @@ def eventually(condition, seconds: float = 5) -> None:
 
 def load_engine(folder: Path, **options) -> Engine:
     """A fresh engine; draft lengths are fixed, so that drafts are made whatever the clock says."""
-    given = {"drafter": "prompt-lookup", "draft_budget": 4, "max_batch_size": 8, **options}
+    given = {"drafter": "prompt-lookup", "draft_budget": 4, "max_batch_size": 8}
+    given |= {"prefix_cache_tokens": 2048, **options}
     return Engine(load_model(folder), load_tokenizer(folder), **given)
 
 

@@ -33,6 +33,7 @@ class AttentionRowCache(RowCache):
 
     is_compileable = False
     is_sliding = (False,)
+    divisible = True
 
     def __init__(self, poison: float | None = None) -> None:
         super().__init__()
@@ -110,6 +111,16 @@ class AttentionRowCache(RowCache):
             own = {n: b.clone() for n, b in buffers[row].items()} if row in seen else buffers[row]
             self._buffers[i], self._capacity[i] = own, capacity[row]
             seen.add(row)
+
+    def _copy_piece(self, row: int, start: int, stop: int) -> dict[int, Tensor]:
+        return {n: b[:, :, start:stop].clone() for n, b in self._buffers[row].items()}
+
+    def _copy_in(self, row: int, state: Sequence[dict[int, Tensor]]) -> None:
+        for layer in state[0]:
+            whole = torch.cat([piece[layer] for piece in state], 2)
+            self._capacity[row] = _round_up(int(whole.shape[2] * _GROWTH) + 1)
+            self._buffers[row][layer] = self._new_buffer(whole, self._capacity[row])
+            self._buffers[row][layer][:, :, : whole.shape[2]] = whole
 
     def _faults(self) -> list[str]:
         faults = [] if set(self._buffers) == set(self._lengths) else ["buffers of other rows"]

@@ -65,7 +65,15 @@ class Parked:
 
 
 class RowCache(ABC):
-    """Per-row lengths, append at each row's own end, rewind per row without a model forward."""
+    """Per-row lengths, append at each row's own end, rewind per row without a model forward.
+
+    Attributes:
+        shares_prefixes: rows can be made of kept pieces, see `piece`.
+        divisible: a piece may be any part of a row; otherwise only the state at the row's end.
+    """
+
+    shares_prefixes = True
+    divisible = False
 
     def __init__(self) -> None:
         self._lengths: dict[int, int] = {}
@@ -115,6 +123,26 @@ class RowCache(ABC):
         self._copy_in(row, parked.state)
         self._lengths[row] = parked.length
         return row
+
+    def piece(self, row: int, start: int, stop: int) -> Any:
+        """A copy of what ``row`` holds of its tokens ``start : stop``, for `parked`.
+
+        Where rows are not `divisible` this is the state after all of the row's tokens.
+
+        Raises:
+            ConfigurationError: the row does not hold these tokens, or more where it must not.
+        """
+        length = self.length(row)
+        if not 0 <= start < stop <= length or (stop < length and not self.divisible):
+            raise ConfigurationError(f"row {row} of {length} tokens has no piece {start}:{stop}")
+        return self._copy_piece(row, start, stop)
+
+    def parked(self, length: int, pieces: Sequence[Any]) -> Parked:
+        """A row of ``length`` tokens, made of pieces that cover it from 0, for `unpark`.
+
+        The pieces are only read, so that many rows can be made of them.
+        """
+        return Parked(length, pieces if self.divisible else pieces[-1])
 
     def check(self) -> None:
         """Check that what is stored fits the rows; to be called between passes.
@@ -202,5 +230,8 @@ class RowCache(ABC):
         return None
 
     def _copy_in(self, row: int, state: Any) -> None:
-        """Give the empty ``row`` what `_copy_out` gave."""
+        """Give the empty ``row`` what `_copy_out` gave, or pieces."""
         raise NotImplementedError
+
+    def _copy_piece(self, row: int, start: int, stop: int) -> Any:
+        return self._copy_out(row)

@@ -52,6 +52,9 @@ def serve(
     max_cache_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of all running rows.")
     ] = None,
+    prefix_cache_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of kept prompt prefixes; 0 keeps none.")
+    ] = 4096,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Longest prompt with its completion.")
     ] = None,

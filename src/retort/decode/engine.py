@@ -20,6 +20,7 @@ from retort.decode.drafting import DEFAULT, Drafting
 from retort.decode.faults import salvage
 from retort.decode.outputs import chunk, output
 from retort.decode.packed import PackedModel
+from retort.decode.prefixes import PrefixCache
 from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
 from retort.decode.scheduler import Plan, Scheduler
 from retort.decode.scoring import score_prompts, wanted
@@ -54,6 +55,9 @@ class Engine:
         max_prefill_tokens: prompt tokens that one pass reads beside the decoding rows.
         max_cached_tokens: tokens that the rows in work may hold together, drafts included; the
             youngest rows make room and go on later. Held rows do not count.
+        prefix_cache_tokens: tokens of prompts (and of finished rows) whose cache entries are kept,
+            so that rows which begin alike do not read them again; 0 keeps none, see
+            `retort.decode.prefixes`. Call ``engine.prefixes.clear()`` after changing weights.
         debug: check the caches whenever the engine is idle, and record what is scheduled.
 
     Raises:
@@ -73,6 +77,7 @@ class Engine:
         cpu_backend: str = "auto",
         max_prefill_tokens: int = 512,
         max_cached_tokens: int | None = None,
+        prefix_cache_tokens: int = 0,
         release_weights: bool = False,
         weight_storage: str = "auto",
         fuse_layers: bool = True,
@@ -95,6 +100,7 @@ class Engine:
             fuse_layers=fuse_layers,
         )
         try:
+            self.prefixes = PrefixCache(self.target.cache, prefix_cache_tokens)
             self.drafting = Drafting(drafter, self.target, self.budget, verification == "coupled")
         except BaseException:
             self.target.close()
@@ -169,6 +175,7 @@ class Engine:
         request_id: str | None = None,
         drafter: str | None = DEFAULT,
         sample: int = 0,
+        prefix_group: str = "",
     ) -> str:
         """Queue a prompt and return its id.
 
@@ -176,6 +183,7 @@ class Engine:
             hold: keep the row after it finishes, for `rewind`; let it go with `release`.
             drafter: name of one of the engine's drafters; None decodes this request plainly.
             sample: which of the ``params.n`` samples this one request is; each has its own noise.
+            prefix_group: kept prefixes are shared within a group only.
 
         Raises:
             ConfigurationError: the prompt is empty, too long or holds unknown ids; a known id.
@@ -187,6 +195,7 @@ class Engine:
             request_id, self._count, prompt, params or SamplingParams(), hold
         )
         request.drafter, request.sample = self.drafting.resolve(drafter), sample
+        request.prefix_group = prefix_group
         self.scheduler.check(request_id, request.limit)
         self._requests[request_id] = request
         self._count += 1
@@ -297,6 +306,8 @@ class Engine:
         return mine
 
     def _schedule(self) -> Plan:
+        if self.prefixes.enabled:
+            self._start_from_prefixes()
         plan = self.scheduler.schedule()
         for request in plan.preempted:
             self._park(request)
@@ -323,8 +334,11 @@ class Engine:
 
     def _accept(self, plan: Plan, drafts: Drafts, logits: Tensor | None) -> None:
         for prefill in plan.prefills:
+            if prefill.request.fed == 0 and self.prefixes.enabled:  # looked up and not found
+                self.stats.prefix_queries += len(prefill.request.prompt)
             prefill.request.fed += len(prefill.tokens)
             self.stats.prompt_tokens += len(prefill.tokens)
+            self.prefixes.keep(prefill.request)
         if logits is None:
             return
         ready = [p.request for p in plan.prefills if p.last]
@@ -387,6 +401,22 @@ class Engine:
         self.drafting.forget(request.id)
         self.stats.preemptions += 1
 
+    def _start_from_prefixes(self) -> None:
+        """Rows of which nothing was read yet begin with a kept copy, where there is one."""
+        for request in self.scheduler.unread():
+            if request.params.prompt_logprobs is not None:  # these need every token's logits
+                continue
+            if (kept := self.prefixes.find(request)) is None:
+                continue
+            request.parked, request.fed = kept, kept.length
+            request.stats.cached_tokens = min(kept.length, len(request.prompt))
+            self.stats.prefix_queries += len(request.prompt)
+            self.stats.prefix_hits += request.stats.cached_tokens
+            if request.row >= 0:
+                self.target.free_row(request.row)
+                request.row = -1
+                self._seat(request)
+
     def _seat(self, request: Request) -> None:
         """Give a request its row, unless it was held."""
         cache = self.target.cache
@@ -404,6 +434,8 @@ class Engine:
         self.scheduler.remove(request)
         finished = output(request, self._admission.text(request))
         if not hold:
+            if request.row >= 0 and request.error is None:
+                self.prefixes.keep_finished(request)
             self._free(request)
         return finished
 

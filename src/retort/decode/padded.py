@@ -109,6 +109,8 @@ class RectangularCache(AttentionRowCache):
     Every pass appends the same columns to all rows; ``_columns[row]`` lists those that count.
     """
 
+    shares_prefixes = False
+
     def __init__(self, padded_input: bool) -> None:
         super().__init__()
         self._padded_input = padded_input

@@ -156,12 +156,16 @@ class SamplingParams:
 
 @dataclass
 class RequestStats:
-    """Counts of one request; mean acceptance length = 1 + accepted_tokens / drafts."""
+    """Counts of one request; mean acceptance length = 1 + accepted_tokens / drafts.
+
+    ``cached_tokens`` of the prompt came from a kept prefix and were not read again.
+    """
 
     steps: int = 0
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    cached_tokens: int = 0
 
     def record_draft(self, length: int, accepted: int) -> None:
         """Count one verified draft."""
@@ -216,7 +220,11 @@ class Request:
     Attributes:
         sample, round: which of ``n`` samples this is, and how often the row was taken back; both
             are part of its noise.
-        parked: what the cache needs to take a preempted row in again, where it is not recomputed.
+        parked: what the cache needs to take a preempted row in again, where it is not recomputed,
+            or to start a row from a kept prefix.
+        prefix_group: requests share kept prefixes within one group only.
+        pause: tokens after which reading the prompt stops for a moment, so that the state there
+            can be kept; 0 for nowhere.
     """
 
     id: str
@@ -230,6 +238,8 @@ class Request:
     round: int = 0
     row: int = -1
     parked: Any = None
+    prefix_group: str = ""
+    pause: int = 0
     fed: int = 0
     limit: int = 0
     tokens: list[int] = field(default_factory=list)

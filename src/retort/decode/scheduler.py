@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from retort.decode.request import Request, SamplingParams
@@ -46,6 +47,7 @@ class RowState:
     length: int
     fed: int
     limit: int
+    pause: int
     draft: int
     live: bool
     scored: bool
@@ -142,6 +144,12 @@ class Scheduler:
             self.decisions.append(_decision(plan))
         return plan
 
+    def unread(self) -> list[Request]:
+        """Rows in work, and requests next in line for one, of which nothing was read yet."""
+        free = max(self.max_batch_size - len(self.running), 0)
+        near = [*self.running, *islice(self.waiting, free)]
+        return [r for r in near if r.fed == 0 and r.finish_reason is None]
+
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
@@ -183,7 +191,8 @@ class Scheduler:
             if left <= 0:
                 return
             pending = request.pending
-            tokens = pending[:left]
+            most = request.pause - request.fed if request.pause > request.fed else left
+            tokens = pending[: min(left, most)]
             left -= len(tokens)
             yield Prefill(request, tokens, last=len(tokens) == len(pending))
 
@@ -193,7 +202,7 @@ class Scheduler:
 
     def _state(self, r: Request) -> RowState:
         live, scored = r.finish_reason is None, r.params.prompt_logprobs is not None
-        return RowState(r.id, len(r.tokens), r.fed, r.limit, self._draft(r), live, scored)
+        return RowState(r.id, len(r.tokens), r.fed, r.limit, r.pause, self._draft(r), live, scored)
 
 
 def replay(events: Sequence[Event], **limits: Any) -> list[Decision]:
@@ -217,6 +226,7 @@ def _stand_in(state: RowState) -> Request:
 
 def _restore(request: Request, state: RowState) -> None:
     request.tokens, request.fed, request.limit = [0] * state.length, state.fed, state.limit
+    request.pause = state.pause
     request.drafter = "any" if state.draft else None
     request.finish_reason = None if state.live else "stop"
 

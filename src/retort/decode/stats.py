@@ -19,6 +19,8 @@ class EngineStats:
         packed_tokens, padding_tokens: tokens through the linear layers, and how many were padding.
         decode_seconds, prefill_seconds: time in passes without and with prompt slices.
         preemptions: rows that had to leave the cache for a while.
+        prefix_queries, prefix_hits: prompt tokens that were looked up among the kept prefixes, and
+            found there.
     """
 
     steps: int = 0
@@ -35,6 +37,8 @@ class EngineStats:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
     @property
     def mean_acceptance_length(self) -> float:

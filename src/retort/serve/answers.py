@@ -103,12 +103,19 @@ class Formatter:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached()},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": stats.accepted_tokens,
                 "rejected_prediction_tokens": stats.draft_tokens - stats.accepted_tokens,
                 **_speculation(stats),
             },
         }
+
+    def _cached(self) -> int:
+        """Prompt tokens that were not read again; a prompt of several choices counts once."""
+        n = self._job.spec.choices
+        firsts = (self.choices[i : i + n] for i in range(0, len(self.choices), n))
+        return sum(min(c.stats.cached_tokens for c in group) for group in firsts)
 
     def _event(self, choices: list[Answer]) -> Answer:
         kind = "chat.completion.chunk" if self._chat else "text_completion"

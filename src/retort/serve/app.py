@@ -23,7 +23,7 @@ from retort.serve.client import EngineClient, Generation, Stopwatch
 from retort.serve.errors import ApiError, bad
 from retort.serve.jobs import Job, Jobs
 from retort.serve.metrics import CONTENT_TYPE
-from retort.serve.middleware import ApiKeys, HeaderLimits, RequestIds, error_response
+from retort.serve.middleware import KEY, ApiKeys, HeaderLimits, RequestIds, error_response
 from retort.serve.openapi import document
 from retort.serve.playground import page
 from retort.serve.prompts import Prompts
@@ -58,27 +58,27 @@ class Service:
     api_keys: list[str] = field(default_factory=list)
     started: int = field(default_factory=lambda: int(time.time()))
 
-    @property
-    def jobs(self) -> Jobs:
-        """Makes jobs for the engine.
+    def jobs(self, request: Request) -> Jobs:
+        """Makes a client's jobs for the engine; every API key has kept prefixes of its own.
 
         Raises:
             ApiError: 503 while there is no engine.
         """
         if self.client.ready is None:
             raise ApiError(503, "the engine is not running", code="engine_dead", retry_after=10)
-        return Jobs(self.client.ready, self.prompts, self.client.limits.rows)
+        key = str(request.scope.get(KEY))
+        return Jobs(self.client.ready, self.prompts, self.client.limits.rows, key)
 
     # Routes
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         spec = await self._read(request, CompletionRequest)
-        return await self._answer(request, await self.jobs.completion(spec))
+        return await self._answer(request, await self.jobs(request).completion(spec))
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         spec = await self._read(request, ChatRequest)
-        return await self._answer(request, await self.jobs.chat(spec))
+        return await self._answer(request, await self.jobs(request).chat(spec))
 
     async def tokenize(self, request: Request) -> Response:
         """``POST /tokenize``: ids of a text or of a conversation."""

@@ -56,10 +56,11 @@ class Jobs:
         model: what the engine said of itself.
         prompts: its tokenizer.
         rows: most completions of one request.
+        client: who asks; prefixes of one client's prompts are never kept for another.
     """
 
-    def __init__(self, model: Ready, prompts: Prompts, rows: int) -> None:
-        self._model, self._prompts, self._rows = model, prompts, rows
+    def __init__(self, model: Ready, prompts: Prompts, rows: int, client: str = "") -> None:
+        self._model, self._prompts, self._rows, self._client = model, prompts, rows, client
 
     async def completion(self, spec: CompletionRequest) -> Job:
         """A completion job.
@@ -115,11 +116,12 @@ class Jobs:
         bias = self._bias(spec)
         seed = secrets.randbits(63) if spec.seed is None else spec.seed
         adds: list[Add] = []
+        group = f"{self._client}/{spec.cache_salt or ''}"
         for prompt in prompts:
             most = self._room(prompt, limit)
             sampling = _sampling(spec, most, seed, bias, logprobs, score)
             for choice in range(spec.choices):
-                adds.append(_add(f"{job_id}-{len(adds)}", prompt, sampling, spec, choice))
+                adds.append(_add(f"{job_id}-{len(adds)}", prompt, sampling, spec, choice, group))
         return Job(job_id, spec, prompts, adds)
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
@@ -185,7 +187,14 @@ def _prompt_list(prompt: Any) -> list[str | list[int]]:
     raise bad(f"prompt: the list {what}", "prompt")
 
 
-def _add(request_id: str, prompt: list[int], sampling: Sampling, spec: Fields, choice: int) -> Add:
+def _add(
+    request_id: str,
+    prompt: list[int],
+    sampling: Sampling,
+    spec: Fields,
+    choice: int,
+    group: str,
+) -> Add:
     return Add(
         request_id,
         prompt,
@@ -194,6 +203,7 @@ def _add(request_id: str, prompt: list[int], sampling: Sampling, spec: Fields, c
         stop_token_ids=list(spec.stop_token_ids or []),
         speculate=spec.speculation != "off",
         origins=spec.origins,
+        prefix_group=group,
     )
 
 

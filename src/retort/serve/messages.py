@@ -29,6 +29,7 @@ class Configure(Struct, tag=True, frozen=True):
     max_num_seqs: int = 16
     max_prefill_tokens: int = 512
     max_cache_tokens: int | None = None
+    prefix_cache_tokens: int = 0
     max_model_len: int | None = None
     dtype: str = "float32"
     device: str | None = None
@@ -74,6 +75,7 @@ class Add(Struct, tag=True, frozen=True):
         stop_token_ids: ids that end the row, the model's own end token ignored or not.
         speculate: use the server's drafter.
         origins: tell who wrote each part of the text.
+        prefix_group: whose kept prefixes it may start from, and adds to.
     """
 
     id: str
@@ -83,6 +85,7 @@ class Add(Struct, tag=True, frozen=True):
     stop_token_ids: list[int] = []
     speculate: bool = True
     origins: bool = False
+    prefix_group: str = ""
 
 
 class Cancel(Struct, tag=True, frozen=True):
@@ -150,6 +153,8 @@ class Gauges(Struct, frozen=True):
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_per_position: list[int] = []
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 class Step(Struct, tag=True, frozen=True):

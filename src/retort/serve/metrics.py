@@ -45,6 +45,8 @@ class Metrics:
         self._drafts.inc(now.drafts - before.drafts)
         self._draft_tokens.inc(now.draft_tokens - before.draft_tokens)
         self._accepted.inc(now.accepted_tokens - before.accepted_tokens)
+        self._prefix_queries.inc(now.prefix_queries - before.prefix_queries)
+        self._prefix_hits.inc(now.prefix_hits - before.prefix_hits)
         old = [*before.accepted_per_position, *[0] * len(now.accepted_per_position)]
         for position, (was, count) in enumerate(zip(old, now.accepted_per_position, strict=False)):
             self._per_position.labels(self._model, str(position)).inc(count - was)
@@ -91,6 +93,12 @@ class Metrics:
         self._drafts = self._counter("spec_decode_num_drafts", "Drafts verified.")
         self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Draft tokens.")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Accepted tokens.")
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up among kept prefixes."
+        )
+        self._prefix_hits = self._counter(
+            "prefix_cache_hits", "Prompt tokens found there and not read again."
+        )
         self._per_position = self._labelled(
             "spec_decode_num_accepted_tokens_per_pos", "Accepted by place in the draft.", "position"
         )

@@ -19,6 +19,7 @@ from retort.serve.errors import ApiError
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
 OPEN_PATHS = ("/health",)
+KEY = "retort.key"  # scope: which of the keys let the request in
 
 _ID = re.compile(rb"[\w.-]{1,64}")
 
@@ -81,7 +82,8 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request (ASGI)."""
         guarded = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
-        if guarded and self._digests and not self._known(_credential(scope)):
+        number = self._number(_credential(scope)) if guarded and self._digests else None
+        if guarded and self._digests and number is None:
             response = error_response(
                 ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
             )
@@ -89,11 +91,13 @@ class ApiKeys:
             response.headers["www-authenticate"] = f'{scheme} realm="retort"'
             await response(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        await self._app({**scope, KEY: number}, receive, send)
 
-    def _known(self, key: bytes) -> bool:
+    def _number(self, key: bytes) -> int | None:
+        """Which key it is, found in the same time whichever it is; None for none."""
         given = _digest(key)
-        return any([hmac.compare_digest(given, digest) for digest in self._digests])  # noqa: C419
+        same = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return same.index(True) if any(same) else None
 
 
 def error_response(error: ApiError) -> Response:

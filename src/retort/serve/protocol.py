@@ -73,6 +73,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     speculation: Literal["auto", "off"] | None = None
     timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
 
     @property
     def choices(self) -> int:

@@ -136,6 +136,7 @@ class Worker:
             request_id=add.id,
             drafter=drafter,
             sample=add.sample,
+            prefix_group=add.prefix_group,
         )
         return Row(add, self.engine.request(add.id), queued)
 
@@ -179,6 +180,8 @@ class Worker:
             drafts=stats.drafts,
             draft_tokens=stats.draft_tokens,
             accepted_tokens=stats.accepted_tokens,
+            prefix_queries=stats.prefix_queries,
+            prefix_hits=stats.prefix_hits,
             accepted_per_position=stats.accepted_per_position,
         )
 
@@ -202,10 +205,12 @@ def build_engine(options: Configure) -> Engine:
         max_batch_size=options.max_num_seqs,
         max_prefill_tokens=options.max_prefill_tokens,
         max_cached_tokens=options.max_cache_tokens,
+        prefix_cache_tokens=options.prefix_cache_tokens,
         cpu_backend=options.cpu_backend,
     )
     engine.generate([[0, 1] * 4], max_new_tokens=8, ignore_eos=True)
     engine.stats = EngineStats()
+    engine.prefixes.clear()
     return engine
 
 
