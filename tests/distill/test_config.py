@@ -15,7 +15,8 @@ def build(tmp_path, **values):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_recipe_of_its_method(tmp_path, name):
-    assert build(tmp_path, method=name).recipe == PRESETS[name]
+    made = build(tmp_path, method=name, eval_strategy="steps", eval_steps=5)
+    assert made.recipe == PRESETS[name]
 
 
 def test_presets_mix_the_streams_that_their_papers_describe():

@@ -10,7 +10,7 @@ from retort.decode.packed import PackedModel
 from retort.decode.request import SamplingParams
 from retort.distill.init import dense_retnet_student
 from retort.distill.sequences.scrg import Reviser, Text
-from retort.distill.sequences.sources import StudentWriter, WritingSettings
+from retort.distill.sequences.writers import StudentWriter, WritingSettings
 from tests.decode.toys import toy
 from tests.distill.toys import llama
 

@@ -42,6 +42,8 @@ def config(folder, **changes):
         "disable_tqdm": True,
         "report_to": "none",
     }
+    if changes.get("method") == "distillm":  # its scheduler follows evaluations
+        values |= {"eval_strategy": "steps", "eval_steps": 1}
     return DistillConfig(**{**values, **changes})
 
 
@@ -49,6 +51,8 @@ def trainer(folder, student=None, teacher=None, rows=ROWS, **changes):
     """A trainer over `ROWS` with random models."""
     callbacks = changes.pop("callbacks", None)
     evaluation = changes.pop("eval_dataset", None)
+    if evaluation is None and changes.get("method") == "distillm":
+        evaluation = ROWS[:2]
     return DistillTrainer(
         model=student or llama(2),
         args=config(folder, **changes),

@@ -16,8 +16,8 @@ from retort.distill.losses import IGNORED
 from retort.distill.spans import NO_SPAN, pair_mask
 
 Batch = dict[str, Tensor]
-"""input_ids, attention_mask, targets, span_ids: int64 ``[R, T]``; supervised, distilled: bool
-``[R]``."""
+"""input_ids, attention_mask, targets, span_ids: int64 ``[R, T]``; supervised, distilled,
+contrasted: bool ``[R]``."""
 
 Tagger = Callable[[Sequence[int]], list[int]]
 
@@ -31,6 +31,7 @@ class TrainingSequence:
     supervised: bool
     distilled: bool
     source: str = "dataset"
+    contrasted: bool = False
 
 
 def build_batch(
@@ -46,6 +47,7 @@ def build_batch(
         "span_ids": torch.full(shape, NO_SPAN),
         "supervised": torch.tensor([s.supervised for s in sequences], dtype=torch.bool),
         "distilled": torch.tensor([s.distilled for s in sequences], dtype=torch.bool),
+        "contrasted": torch.tensor([s.contrasted for s in sequences], dtype=torch.bool),
     }
     for row, sequence in enumerate(sequences):
         _fill(batch, row, sequence, tagger)
@@ -53,7 +55,7 @@ def build_batch(
 
 
 def stream_mask(batch: Batch, stream: str) -> Tensor:
-    """Bool ``[R, T]``: positions whose target counts in stream "supervised" or "distilled"."""
+    """Bool ``[R, T]``: positions whose target counts in a stream (see `objective.STREAMS`)."""
     return (batch["targets"] != IGNORED) & batch[stream][:, None]
 
 

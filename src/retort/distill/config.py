@@ -14,9 +14,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
 
 from retort.distill.losses import DIVERGENCES, SPAN_DISTANCES, DacSettings, divergence
-from retort.distill.presets import KEYS, PRESETS, Preset, preset
+from retort.distill.presets import ADAPTIVE, KEYS, PRESETS, Preset, contradiction, preset
 from retort.errors import ConfigurationError
 
 
@@ -88,13 +89,28 @@ class DistillConfig(TrainingArguments):
 
     # Sequences
     max_completion_length: int = _say(512, "N: most tokens that the student writes.")
-    lmbda: float | None = _say(None, "Share of distilled sequences that the student writes.")
+    lmbda: float | str | None = _say(
+        None, "Share of distilled sequences that the student writes, or 'adaptive' (DistiLLM's)."
+    )
+    do_sample: bool | None = _say(None, "The student draws its texts; else its likeliest tokens.")
+    rollout_temperature: float = _say(1.0, "Divides the logits that the student draws from.")
+    completions: str | None = _say(
+        None, "Text that the student did not write: 'dataset' or 'teacher', who writes it once."
+    )
+    teacher_text_file: str | None = _say(
+        None, "JSONL file that keeps the teacher's texts for later runs; else in output_dir."
+    )
+    interleave_top_k: int | None = _say(
+        None, "K of speculative KD: the teacher replaces student tokens below its K; 0: off."
+    )
     rollout_batch_size: int = _say(16, "Rows that are written at once.")
     rollout_drafter: str | None = _say(
         None, "'prompt-lookup' speculates while the student writes; the text stays the same."
     )
     rollout_draft_budget: int = _say(4, "Drafts a row and step; fixed, so that resume is exact.")
-    replay_buffer_size: int = _say(0, "Student sequences that are kept for reuse; 0: none.")
+    replay_buffer_size: int | None = _say(
+        None, "Student sequences that are kept for reuse, the oldest goes first; 0: none."
+    )
     replay_share: float = _say(0.0, "Share of the student's sequences that come from the buffer.")
     scrg: bool | None = _say(None, "Revise the student's sequences at their worst error.")
     scrg_rounds: int = _say(1, "Corrections of each sequence.")
@@ -108,6 +124,9 @@ class DistillConfig(TrainingArguments):
         None, f"Distance to the teacher: dac, {', '.join(DIVERGENCES)}; by default the method's."
     )
     divergence_weight: float | None = _say(None, "Weight of the distance to the teacher.")
+    contrast: str | None = _say(
+        None, "Another divergence for student text; every prompt then gives offline text as well."
+    )
     divergence_parameters: dict[str, Any] | str | None = _say(
         None, "Parameters of the divergence, as JSON, e.g. '{\"alpha\": 0.1}'."
     )
@@ -146,12 +165,14 @@ class DistillConfig(TrainingArguments):
             get_reporting_integration_callbacks(self.report_to)
         except (ValueError, TypeError) as error:  # transformers' own checks
             raise ConfigurationError(" ".join(str(error).split())) from error
+        self.lmbda = _number_or_adaptive(self.lmbda)
         for name, fine, rule in self._rules():
             if not fine:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r} is wrong: {rule}")
         self._check_method()
         self.dac_settings()
-        self.divergence_function()
+        for name in dict.fromkeys(filter(None, (self.recipe.divergence, self.recipe.contrast))):
+            self.divergence_function(name)
 
     @property
     def recipe(self) -> Preset:
@@ -176,12 +197,12 @@ class DistillConfig(TrainingArguments):
             dual_max=self.dac_dual_max,
         )
 
-    def divergence_function(self) -> Any:
-        """The divergence with its parameters, None for "dac"."""
+    def divergence_function(self, name: str) -> Any:
+        """The divergence ``name`` with the parameters that are given, None for "dac"."""
         given = dict(self.divergence_parameters or {})  # type: ignore[arg-type]
         given |= {} if self.beta is None else {"beta": self.beta}
-        if self.recipe.divergence != "dac":
-            return divergence(self.recipe.divergence, **given)
+        if name != "dac":
+            return divergence(name, **given)
         if given:
             raise ConfigurationError(f"divergence 'dac' has no parameter {next(iter(given))!r}")
         return None
@@ -202,45 +223,69 @@ class DistillConfig(TrainingArguments):
 
     def _check_method(self) -> None:
         recipe = self.recipe
-        if not recipe.distils and not recipe.sft_weight:
-            raise ConfigurationError(f"method={self.method!r}: every loss weight is 0")
-        if recipe.scrg and not recipe.writes:
-            raise ConfigurationError(
-                f"method={self.method!r} with scrg revises what the student writes, and with "
-                f"lmbda={recipe.lmbda} it writes nothing: raise lmbda or set scrg to false"
-            )
-        unused = [] if recipe.distils else ["lmbda", "beta", "divergence", "divergence_parameters"]
-        for key in unused:
-            if getattr(self, key) not in (None, 0, {}):
+        compared = ("lmbda", "beta", "divergence", "divergence_parameters", "contrast")
+        for key in () if recipe.distils else compared:
+            if getattr(self, key) not in (None, 0, "", {}):
                 raise ConfigurationError(
                     f"{key}={getattr(self, key)!r} contradicts method={self.method!r}, which has "
                     "no distance to a teacher: set divergence_weight, or choose another method"
                 )
+        for key in () if recipe.writes else ("do_sample", "replay_buffer_size", "replay_share"):
+            if getattr(self, key):
+                raise ConfigurationError(
+                    f"{key}={getattr(self, key)!r} contradicts method={self.method!r} with "
+                    f"lmbda={recipe.lmbda}, by which the student writes nothing: raise lmbda"
+                )
+        fault = contradiction(recipe) or self._schedule_fault()
+        if fault is not None:
+            raise ConfigurationError(f"method={self.method!r}, lmbda={recipe.lmbda!r}: {fault}")
+
+    def _schedule_fault(self) -> str | None:
+        if self.replay_share and not self.recipe.replay_buffer_size:
+            return f"replay_share={self.replay_share} needs replay_buffer_size"
+        if not self.recipe.adaptive:
+            return None
+        if self.replay_share:
+            return "replay_share is for a fixed lmbda; the scheduler decides itself"
+        if IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+            return "the scheduler follows the evaluation's loss: set eval_strategy and its data"
+        return None
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         share = "it must lie in [0, 1]"
         positive = "it must be at least 1"
-        shares = ("lmbda", "beta", "replay_share", "dac_coverage", "dac_min_coverage")
+        shares = ("beta", "replay_share", "dac_coverage", "dac_min_coverage")
         counts = ("max_length", "max_completion_length", "rollout_batch_size", "scrg_rounds")
         optional = ("student_num_hidden_layers", "max_train_rows", "max_eval_rows")
-        weights = ("sft_weight", "divergence_weight", "span_weight", "scrg_warmup_steps")
+        weights = [*("sft_weight", "divergence_weight", "span_weight", "scrg_warmup_steps")]
+        weights += ["replay_buffer_size", "interleave_top_k"]
         names = [*DIVERGENCES, "dac"]
         return [
             ("method", self.method in PRESETS, f"use one of {sorted(PRESETS)}"),
             *((n, _within(getattr(self, n), 0, 1), share) for n in shares),
+            (
+                "lmbda",
+                self.lmbda == ADAPTIVE or _within(self.lmbda, 0, 1),
+                f"{share}, or be '{ADAPTIVE}'",
+            ),
             *((n, getattr(self, n) >= 1, positive) for n in counts),
             *((n, getattr(self, n) is None or getattr(self, n) >= 1, positive) for n in optional),
             *((n, (getattr(self, n) or 0) >= 0, "it must be 0 or more") for n in weights),
             ("temperature", self.temperature > 0, "it must be above 0"),
             ("loss_chunk_size", self.loss_chunk_size >= 0, "it must be 0 (off) or more"),
             ("rollout_draft_budget", self.rollout_draft_budget >= 0, "it must be 0 or more"),
-            ("replay_buffer_size", self.replay_buffer_size >= 0, "it must be 0 (off) or more"),
-            (
-                "replay_share",
-                not self.replay_share or self.replay_buffer_size > 0,
-                "it needs replay_buffer_size",
-            ),
+            ("rollout_temperature", self.rollout_temperature > 0, "it must be above 0"),
             ("divergence", self.divergence in (None, *names), f"use one of {names}"),
+            (
+                "contrast",
+                self.contrast in (None, "", *DIVERGENCES),
+                f"use one of {[*DIVERGENCES]}",
+            ),
+            (
+                "completions",
+                self.completions in (None, "dataset", "teacher"),
+                "use 'dataset' or 'teacher'",
+            ),
             (
                 "span_distance",
                 self.span_distance in SPAN_DISTANCES,
@@ -263,8 +308,16 @@ def _check_json(name: str, text: str) -> None:
         raise ConfigurationError(f"{name}={text!r} is wrong: it must be a JSON object")
 
 
-def _within(value: float | None, least: float, most: float) -> bool:
-    return value is None or least <= value <= most
+def _number_or_adaptive(value: Any) -> Any:
+    """Text of a flag as a number where it is one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _within(value: Any, least: float, most: float) -> bool:
+    return value is None or (not isinstance(value, str) and least <= value <= most)
 
 
 def resolved(config: DistillConfig) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def numbers(sums: Mapping[str, float]) -> Sums:
     total = sum(sources.values())
     rest = {k: v for k, v in sums.items() if k.startswith(("time/", "rollout/"))}
     shares = {k: v / total for k, v in sources.items()}
+    if judged := sums.get("skd.judged", 0):
+        shares["skd/replaced"] = sums["skd.replaced"] / judged
     return term_means(sums) | scrg_numbers(sums) | shares | rest
 
 

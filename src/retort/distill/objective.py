@@ -29,7 +29,7 @@ from retort.distill.losses import (
 from retort.distill.spans import SpanTagger
 from retort.distill.teachers import Teacher
 
-STREAMS = ("supervised", "distilled")
+STREAMS = ("supervised", "distilled", "contrasted")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Objective:
         self.tagger: Tagger | None = None
         if recipe.span_weight:
             self.tagger = SpanTagger(tokenizer, config.span_chunker, config.seed)
-        self.streams = tuple(s for s in (self._supervised(), self._distilled()) if s.terms)
+        streams = (self._supervised(), self._distilled(), self._contrasted())
+        self.streams = tuple(stream for stream in streams if stream.terms)
         alpha = Stream("distilled", (AcceptanceMetric(),), {})
         self.measured = self.streams if recipe.distils else (*self.streams, alpha)
 
@@ -103,7 +104,9 @@ class Objective:
         found: dict[str, TermSum] = {}
         for stream in self.streams if streams is None else streams:
             mask = stream_mask(batch, stream.name)
-            signal = teacher.signal(batch, mask) if teacher and stream.name == "distilled" else None
+            signal = (
+                teacher.signal(batch, mask) if teacher and stream.name != "supervised" else None
+            )
             found |= chunked_loss(
                 hidden[mask],
                 student.head,
@@ -141,7 +144,15 @@ class Objective:
             weights["span"] = recipe.span_weight
         return Stream("distilled", tuple(terms), weights, pairs=bool(recipe.span_weight))
 
+    def _contrasted(self) -> Stream:
+        recipe = self.config.recipe
+        if not (recipe.distils and recipe.contrast):
+            return _EMPTY
+        term = DivergenceTerm(self.config.divergence_function(recipe.contrast), "contrast")
+        return Stream("contrasted", (term,), {term.name: recipe.divergence_weight})
+
     def _divergence(self) -> Term:
         if self.bands is not None:
             return self.bands.term
-        return DivergenceTerm(self.config.divergence_function(), self.config.recipe.divergence)
+        name = self.config.recipe.divergence
+        return DivergenceTerm(self.config.divergence_function(name), name)

@@ -80,7 +80,7 @@ def check(config: DistillConfig) -> None:
     drafter, teacher = config.rollout_drafter, config.teacher_model_name_or_path
     needed = [
         (student, recipe.writes and config.student_type is None),
-        (teacher, recipe.scrg),
+        (teacher, recipe.scrg or recipe.interleave_top_k or recipe.completions == "teacher"),
         (drafter, recipe.writes and drafter not in ("none", "prompt-lookup")),
     ]
     for name, decodes in needed:
@@ -97,7 +97,7 @@ def _check_decodes(name: str, trust_remote_code: bool) -> None:
 
 
 def _teacher(config: DistillConfig) -> Any:
-    needed = config.recipe.distils or config.student_type is not None
+    needed = config.recipe.needs_teacher or config.student_type is not None
     return load_teacher(config) if needed or config.teacher_model_name_or_path else None
 
 
@@ -109,7 +109,7 @@ def _tokenizer(config: DistillConfig) -> Any:
     found = [zoo.load_tokenizer(n, config.trust_remote_code) for n in dict.fromkeys(names) if n]
     if not found:
         raise ConfigurationError("no student: set model_name_or_path, or student_type")
-    if len(found) == 2 and config.recipe.distils:
+    if len(found) == 2 and config.recipe.needs_teacher:
         check_vocabularies(teacher=found[1], student=found[0])
     return found[0]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,14 +31,9 @@ from retort.distill.init import build_student, disable_dropout
 from retort.distill.objective import Objective
 from retort.distill.records import RunLog, correction_record
 from retort.distill.saving import WholeCheckpointTrainer
-from retort.distill.sequences.replay import ReplayBuffer
-from retort.distill.sequences.sources import (
-    Sources,
-    StudentWriter,
-    Writing,
-    WritingSettings,
-    source_shares,
-)
+from retort.distill.sequences.sources import Sources, source_shares
+from retort.distill.sequences.teacher_text import TeacherTexts
+from retort.distill.sequences.writers import StudentWriter, Writing, WritingSettings
 from retort.distill.teachers import Teacher, load_teacher
 from retort.errors import ConfigurationError, RetortError
 
@@ -110,21 +106,44 @@ class DistillTrainer(WholeCheckpointTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _build_sources(self) -> Sources:
-        config, writer = self.config, None
-        if self.recipe.writes:
-            settings = WritingSettings(
-                end_tokens=self.end_tokens,
-                max_completion_length=config.max_completion_length,
-                max_length=self.max_length,
-                batch_size=config.rollout_batch_size,
-                drafter=config.rollout_drafter,
-                draft_budget=config.rollout_draft_budget,
-                rounds=config.scrg_rounds,
-            )
-            teacher = None if self.teacher is None else self.teacher.model
-            writer = StudentWriter(self._bare_student(), teacher, settings)
-        buffer = ReplayBuffer(config.replay_buffer_size)
-        return Sources(self.recipe, writer, config.seed, buffer, config.replay_share)
+        config, recipe = self.config, self.recipe
+        teacher = None if self.teacher is None else self.teacher.model
+        student = self._bare_student()
+        writer = StudentWriter(student, teacher, self._writing()) if recipe.writes else None
+        texts = self._teacher_texts(student, teacher) if recipe.completions == "teacher" else None
+        return Sources(recipe, writer, config.seed, config.replay_share, texts)
+
+    def _writing(self) -> WritingSettings:
+        config, recipe = self.config, self.recipe
+        return WritingSettings(
+            end_tokens=self.end_tokens,
+            max_completion_length=config.max_completion_length,
+            max_length=self.max_length,
+            batch_size=config.rollout_batch_size,
+            drafter=config.rollout_drafter,
+            draft_budget=config.rollout_draft_budget,
+            rounds=config.scrg_rounds,
+            do_sample=recipe.do_sample,
+            temperature=config.rollout_temperature,
+            interleave_top_k=recipe.interleave_top_k,
+        )
+
+    def _teacher_texts(self, student: Any, teacher: Any) -> TeacherTexts:
+        """The teacher's likeliest texts, kept in a file of each process."""
+        drafter = "prompt-lookup" if self.config.rollout_drafter else None
+        settings = replace(self._writing(), drafter=drafter, do_sample=False, interleave_top_k=0)
+        writer = StudentWriter(teacher, student, settings)
+        rank = self.accelerator.process_index
+        file = Path(self.config.teacher_text_file or self._folder / "teacher_text.jsonl")
+        made_by = {
+            "teacher": self.config.teacher_model_name_or_path,
+            "revision": self.config.teacher_model_revision,
+            "max_completion_length": settings.max_completion_length,
+            "max_length": settings.max_length,
+            "end_tokens": list(settings.end_tokens),
+        }
+        path = file.with_name(f"{file.stem}-{rank}{file.suffix}") if rank else file
+        return TeacherTexts(lambda p: [t.tokens for t in writer.write(p).texts], path, made_by)
 
     # A training step
 
@@ -187,7 +206,8 @@ class DistillTrainer(WholeCheckpointTrainer):
     def _sequences(self, window: list[list[Example]]) -> list[list[TrainingSequence]]:
         started, step = perf_counter(), self.state.global_step
         revise = self.recipe.scrg and step >= self.config.scrg_start(self.state.max_steps)
-        sequences, writing = self.sources.draw(window, step, revise)
+        progress = step / max(self.state.max_steps, 1)
+        sequences, writing = self.sources.draw(window, step, revise, progress)
         self.meter.add({"time/rollout": perf_counter() - started - writing.teacher_seconds})
         self.meter.add({"time/teacher": writing.teacher_seconds})
         self.meter.add({f"source/{k}": float(v) for k, v in source_shares(sequences).items()})
@@ -198,6 +218,7 @@ class DistillTrainer(WholeCheckpointTrainer):
         if writing.texts:
             self.meter.add({"rollout/tokens": float(writing.written_tokens)})
             self.meter.add({"rollout/texts": float(len(writing.texts))})
+            self.meter.add({"skd.judged": writing.judged, "skd.replaced": writing.replaced})
         self.meter.add(metrics.scrg_sums(writing.counts))
         made = [correction_record(c, step, self.tokens) for c in writing.corrections]
         self.corrections = [*self.corrections, *made][-KEPT_CORRECTIONS:]
@@ -262,7 +283,14 @@ class DistillTrainer(WholeCheckpointTrainer):
         weights = self.objective.weights
         found = {f"{prefix}_{name}": value for name, value in means.items()}
         found[f"{prefix}_loss"] = sum(w * means.get(n, 0.0) for n, w in weights.items())
+        if self.is_in_train and prefix == self._watched():
+            self.sources.schedule.observe(found[f"{prefix}_loss"])
         return output._replace(metrics={**(output.metrics or {}), **found})
+
+    def _watched(self) -> str:
+        """Prefix of the evaluation that the scheduler follows: the only or the first set's."""
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        return f"eval_{next(iter(several))}" if several else "eval"
 
     # Log
 
@@ -274,6 +302,8 @@ class DistillTrainer(WholeCheckpointTrainer):
         """Add the terms and phase times since the last record, and write the run's own log."""
         if "loss" in logs:
             logs |= metrics.numbers(self._summed(self.meter.take()))
+            if self.recipe.adaptive:
+                logs["phi"] = self.sources.schedule.phi
             if self.objective.bands is not None:
                 logs["dac/dual"] = self.objective.bands.state.dual
             self.run_log.corrections(self.corrections)
@@ -287,7 +317,7 @@ class DistillTrainer(WholeCheckpointTrainer):
         bands = self.objective.bands
         state = {
             "meter": self.meter.state_dict(),
-            "buffer": self.sources.buffer.state_dict(),
+            "sources": self.sources.state_dict(),
             "corrections": self.corrections,
             "bands": None if bands is None else bands.numbers(),
             "fixed": checkpoint.fixed_choices(self.config),
@@ -298,7 +328,7 @@ class DistillTrainer(WholeCheckpointTrainer):
         """Take back what `carried` gave; refuses to go on as another run."""
         checkpoint.check_same_run(state["fixed"], checkpoint.fixed_choices(self.config), folder)
         self.meter.load_state_dict(state["meter"])
-        self.sources.buffer.load_state_dict(state["buffer"])
+        self.sources.load_state_dict(state["sources"])
         self.corrections = state["corrections"]
         if self.objective.bands is not None:
             self.objective.bands.load(state["bands"], tensors)
@@ -338,7 +368,7 @@ def _tokenized(
 def _teacher_model(config: DistillConfig, given: Any) -> Any:
     if isinstance(given, str):
         config.teacher_model_name_or_path, given = given, None
-    needed = config.recipe.distils or config.student_type is not None
+    needed = config.recipe.needs_teacher or config.student_type is not None
     named = config.teacher_model_name_or_path is not None
     return load_teacher(config) if given is None and (needed or named) else given
 

@@ -16,6 +16,11 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._pairs)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the next pair pushes one out; never so without capacity."""
+        return 0 < len(self._pairs) == self._pairs.maxlen
+
     def add(self, prompt: list[int], completion: list[int]) -> None:
         """Keep a pair."""
         if self._pairs.maxlen:
