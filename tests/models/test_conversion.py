@@ -6,11 +6,24 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import retort  # noqa: F401  registers with the Auto classes
-from retort.errors import ConfigurationError
+from retort import cli
+from retort.errors import ConfigurationError, RetortError
+from retort.manifest import MANIFEST, sha256
+from retort.models import zoo
+from retort.models.conversion import convert
+from retort.models.dense_mamba import DenseMambaConfig, DenseMambaForCausalLM
 from retort.models.dense_retnet import DenseRetNetForCausalLM
+from tests.models import mambas
 from tests.models.retnets import ids, tiny
 
 
@@ -85,11 +98,136 @@ def test_missing_and_unknown_weights_are_errors(published):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_foreign_configuration_executes_nothing(published, tmp_path):
-    folder, _ = published
+@pytest.fixture
+def mamba(tmp_path):
+    """A folder of transformers' Mamba with a tokenizer file beside it, and the model."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 3}
+    model = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "mamba")
+    (tmp_path / "mamba" / "tokenizer.json").write_text("{}")
+    return tmp_path / "mamba", model
+
+
+@torch.no_grad()
+def test_convert_writes_a_published_checkpoint_as_dense_retnet(published, tmp_path):
+    folder, model = published
+    facts = convert(folder, tmp_path / "new" / "ours")
+    assert facts["model_type"] == "dense_retnet"
+    assert facts["parameters"] == model.num_parameters()
+    config = json.loads((tmp_path / "new" / "ours" / "config.json").read_text())
+    assert (config["model_type"], config["use_cache"]) == ("dense_retnet", True)
+    loaded = zoo.load_model(tmp_path / "new" / "ours", dtype="auto")  # the manifest is checked
+    assert type(loaded) is DenseRetNetForCausalLM
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert torch.equal(loaded(ids(1, 9)).logits, model(ids(1, 9)).logits)
+
+
+@torch.no_grad()
+def test_convert_makes_a_dense_mamba_that_is_the_mamba(mamba, tmp_path):
+    folder, model = mamba
+    target = tmp_path / "ours"
+    target.mkdir()
+    facts = convert(folder, target, "bfloat16", dense_block_layers=1)
+    manifest = json.loads((target / MANIFEST).read_text())
+    assert manifest["source"]["model_type"] == "mamba"
+    assert manifest["source"]["sha256"]["model.safetensors"] == sha256(folder / "model.safetensors")
+    assert manifest["provenance"]["versions"]["torch"]
+    assert manifest["changes"] == facts["changes"] == {"dense_block_layers": 1}
+    assert (target / "tokenizer.json").read_text() == "{}"
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert type(loaded) is DenseMambaForCausalLM and loaded.dtype == torch.bfloat16
+    assert loaded.config.dense_block_layers == 1
+    tokens, exact = ids(2, 20), model.to(torch.bfloat16).float()
+    got = loaded.float()(tokens, use_cache=False).logits
+    torch.testing.assert_close(got, exact(tokens).logits, atol=2e-5, rtol=0)
+    gates = [w for n, w in loaded.named_parameters() if "fc2" in n]
+    assert len(gates) == 2 and not any(w.any() for w in gates)
+
+
+def test_a_failed_conversion_leaves_nothing(mamba, tmp_path, monkeypatch):
+    folder, _ = mamba
+    before = sorted(tmp_path.iterdir())
+
+    def fails(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("retort.models.conversion.write_manifest", fails)
+    with pytest.raises(OSError, match="no space"):
+        convert(folder, tmp_path / "ours")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_convert_names_what_it_cannot_do(mamba, published, tiny_llama, tmp_path):
+    folder, _ = mamba
+    with pytest.raises(ConfigurationError, match="exists and is not an empty folder"):
+        convert(folder, folder)
+    with pytest.raises(ConfigurationError, match=r"holds a 'llama'; convert knows DenseGau"):
+        convert(tiny_llama, tmp_path / "a")
+    with pytest.raises(ConfigurationError, match="dense_block_layers cannot change"):
+        convert(published[0], tmp_path / "a", dense_block_layers=1)
+    with pytest.raises(ConfigurationError, match="unknown dtype 'fp7'"):
+        convert(folder, tmp_path / "a", "fp7")
+    convert(folder, tmp_path / "done")
+    with pytest.raises(ConfigurationError, match="holds a dense_mamba already"):
+        convert(tmp_path / "done", tmp_path / "a")
+    change(folder, backbone__norm_f__weight=None, backbone__surprise=torch.ones(2))
+    with pytest.raises(ConfigurationError, match=r"missing: backbone.norm_f.*unexpected: backb"):
+        convert(folder, tmp_path / "a")
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(RetortError, match="damaged or not safetensors"):
+        convert(folder, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_verb_prints_the_folder_or_json(mamba, tmp_path, capsys):
+    folder, _ = mamba
+    assert cli.run(["convert", str(folder), str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a'}\n"
+    arguments = ["convert", str(folder), str(tmp_path / "b"), "--dense-block-layers", "4", "--json"]
+    assert cli.run(arguments) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["path"] == str(tmp_path / "b") and facts["changes"] == {"dense_block_layers": 4}
+    assert cli.run(["convert", str(folder), str(tmp_path / "b")]) == 2
+    assert "name another target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["retnet", "mamba"])
+def test_our_own_checkpoints_must_be_whole(family, tmp_path):
+    """transformers would fill in random numbers; a base model may leave the head unread."""
+    model = {"retnet": tiny, "mamba": mambas.tiny}[family]()
+    model.save_pretrained(tmp_path)
+    gate = "k_select.fc1" if family == "retnet" else "mixer.select.fc1"
+    name = next(n for n in model.state_dict() if f"layers.2.{gate}" in n or gate in n)
+    change(tmp_path, **{name: None, "surprise": torch.ones(1)})
+    with pytest.raises(ConfigurationError, match=r"num_hidden_layers=3.*missing.*unexpected: sur"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    change(tmp_path, **{name: model.state_dict()[name], "surprise": None})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 3
+    assert AutoModel.from_pretrained(tmp_path).config.num_hidden_layers == 3
+    with pytest.raises(ConfigurationError, match="num_hidden_layers=4"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=4)
+
+
+def test_falcon_mamba_is_not_mamba():
+    with pytest.raises(
+        ConfigurationError, match="a 'falcon_mamba' model; DenseMamba reads 'mamba'"
+    ):
+        DenseMambaConfig(**FalconMambaConfig(hidden_size=16, num_hidden_layers=1).to_dict())
+
+
+@pytest.mark.parametrize("family", ["published", "dense_retnet", "dense_mamba"])
+def test_a_foreign_configuration_executes_nothing(family, published, tmp_path):
+    folder = published[0]
+    if family != "published":
+        folder = tmp_path / family
+        {"dense_retnet": tiny, "dense_mamba": mambas.tiny}[family]().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    assert isinstance(model, DenseRetNetForCausalLM) and not (tmp_path / "canary").exists()
+    assert isinstance(model, DenseRetNetForCausalLM | DenseMambaForCausalLM)
+    zoo.load_model(folder)
+    assert not (tmp_path / "canary").exists()

@@ -76,7 +76,12 @@ class DenseMambaConfig(MambaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check every size after transformers has filled in its defaults."""
-        kwargs.pop("model_type", None)  # of a Mamba checkpoint: what is saved is ours
+        kind = kwargs.pop("model_type", None)  # of a Mamba checkpoint: what is saved is ours
+        if kind not in (None, "mamba", self.model_type):
+            raise ConfigurationError(
+                f"the configuration is that of a {kind!r} model; DenseMamba reads 'mamba' and "
+                f"{self.model_type!r}, whose layers and weights are its own"
+            )
         super().__post_init__(**kwargs)
         for fault in self._faults():
             raise ConfigurationError(fault)
@@ -219,6 +224,10 @@ class DenseMambaPreTrainedModel(RecurrentModel, PreTrainedModel):
         c = self.config
         return MambaShape(c.num_hidden_layers, c.intermediate_size, c.state_size, c.conv_kernel)
 
+    def optional_weights(self) -> set[str]:
+        """The gates, which a Mamba checkpoint has none of: they start at zero."""
+        return {name for name, _ in self.named_parameters() if ".select." in name}
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DenseMambaMixer):
@@ -229,6 +238,8 @@ class DenseMambaPreTrainedModel(RecurrentModel, PreTrainedModel):
 
 class DenseMambaModel(DenseMambaPreTrainedModel):
     """Embedding, layers and final norm, with the names of transformers' `MambaModel`."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
 
     def __init__(self, config: DenseMambaConfig) -> None:
         super().__init__(config)
@@ -416,9 +427,7 @@ class DenseMambaForCausalLM(DenseMambaPreTrainedModel, RecurrentGeneration, Gene
             ConfigurationError: the checkpoint lacks weights or holds others.
         """
         if isinstance(source, str) or hasattr(source, "__fspath__"):
-            from transformers import MambaForCausalLM
-
-            source = MambaForCausalLM.from_pretrained(source)
+            return cls.from_pretrained(source, **changes)
         unlike = ("model_type", "architectures", "transformers_version")
         fields = {k: v for k, v in source.config.to_dict().items() if k not in unlike}
         model = cls(DenseMambaConfig(**(fields | changes))).to(source.device, source.dtype)

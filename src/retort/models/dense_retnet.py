@@ -269,6 +269,8 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
     embedding of eos and cut its gradient.
     """
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
+
     def __init__(self, config: DenseRetNetConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

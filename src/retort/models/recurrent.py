@@ -31,6 +31,27 @@ class RecurrentModel:
     row_cache: Any
     cache_shape: Any
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but a weight that is missing or unknown is an error.
+
+        transformers warns and fills a missing weight with random numbers.
+
+        Raises:
+            ConfigurationError: names the weights, the checkpoint and the configuration.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(  # type: ignore[misc]  # of PreTrainedModel
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        refuse_unfit(pretrained_model_name_or_path, model, info)
+        return (model, info) if wants_info else model
+
+    def optional_weights(self) -> set[str]:
+        """Weights that a checkpoint may lack all together: the model has a start for them."""
+        return set()
+
     def new_row_cache(self, tape: TapeKind = "draft", max_draft: int = 16) -> Any:
         """An empty cache for this model, for packed passes or as `past_key_values`.
 
@@ -102,6 +123,32 @@ class RecurrentGeneration(GenerationMixin):
             model_kwargs["past_key_values"] = given
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_row_cache()  # type: ignore[attr-defined]
+
+
+def refuse_unfit(source: Any, model: Any, info: dict[str, Any]) -> None:
+    """Raise where the weights of ``source`` are not those that ``model`` has.
+
+    Args:
+        source: the checkpoint, as the user named it.
+        model: what was loaded, with its configuration.
+        info: transformers' ``output_loading_info``.
+    """
+    missing, unexpected = (set(info[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    if (optional := model.optional_weights()) <= missing:
+        missing -= optional
+    if not missing and not unexpected:
+        return
+    config = model.config
+    found = [
+        f"{kind}: {', '.join(sorted(names)[:4])}{' and others' if len(names) > 4 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    raise ConfigurationError(
+        f"the weights of {str(source)!r} do not fit {type(model).__name__} with num_hidden_layers="
+        f"{config.num_hidden_layers}, dense_block_layers={config.dense_block_layers}; "
+        f"{'; '.join(found)}: load it with the configuration that it was saved with"
+    )
 
 
 def sequence_starts(
