@@ -22,10 +22,11 @@ RANKS = {
     "evaluate": 6,
     "report": 7,
     "scale": 7,
-    "cli": 8,
+    "bench": 8,
+    "cli": 9,
 }
 BASE = 0  # errors, provenance, manifest, config: importable by all
-TOP = 9  # retort/__init__ and __main__, which only name the others
+TOP = 10  # retort/__init__ and __main__, which only name the others
 
 
 def package_of(path: Path) -> str:

@@ -52,6 +52,9 @@ def serve(
     max_cache_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of all running rows.")
     ] = None,
+    prefill_stretch: Annotated[
+        float, typer.Option(help="How much longer steps may take for prompts beside them.")
+    ] = 1.8,
     prefix_cache_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens of kept prompt prefixes; 0 keeps none.")
     ] = 4096,

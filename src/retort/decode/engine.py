@@ -19,6 +19,7 @@ from retort.decode.draft import Draft
 from retort.decode.drafting import DEFAULT, Drafting
 from retort.decode.faults import salvage
 from retort.decode.outputs import chunk, output
+from retort.decode.pace import PrefillPace
 from retort.decode.packed import PackedModel
 from retort.decode.prefixes import PrefixCache
 from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
@@ -53,6 +54,9 @@ class Engine:
         weight_storage, fuse_layers: how the native core keeps weights, and whether it runs whole
             decoder layers, see `PackedModel`.
         max_prefill_tokens: prompt tokens that one pass reads beside the decoding rows.
+        prefill_stretch: how much longer a pass of decoding rows may take for reading prompts beside
+            them, such as 2; prompts are then read in smaller slices. None reads as many tokens as
+            ``max_prefill_tokens`` says.
         max_cached_tokens: tokens that the rows in work may hold together, drafts included; the
             youngest rows make room and go on later. Held rows do not count.
         prefix_cache_tokens: tokens of prompts (and of finished rows) whose cache entries are kept,
@@ -76,6 +80,7 @@ class Engine:
         tape: str = "draft",
         cpu_backend: str = "auto",
         max_prefill_tokens: int = 512,
+        prefill_stretch: float | None = None,
         max_cached_tokens: int | None = None,
         prefix_cache_tokens: int = 0,
         release_weights: bool = False,
@@ -92,6 +97,7 @@ class Engine:
         self.scheduler = Scheduler(
             max_batch_size, max_prefill_tokens, max_cached_tokens, self.budget.max_draft, debug
         )
+        self._pace = PrefillPace(max_prefill_tokens, prefill_stretch)
         self.target = self._build_target(
             tape=tape,
             cpu_backend=cpu_backend,
@@ -308,6 +314,7 @@ class Engine:
     def _schedule(self) -> Plan:
         if self.prefixes.enabled:
             self._start_from_prefixes()
+        self.scheduler.slice = self._pace.slice(sum(r.decoding for r in self.scheduler.running))
         plan = self.scheduler.schedule()
         for request in plan.preempted:
             self._park(request)
@@ -454,6 +461,7 @@ class Engine:
         seconds, new = time.perf_counter() - started, self.stats.generated_tokens - before
         self.stats.packed_tokens = self.target.forward_tokens
         self.stats.padding_tokens = self.target.padding_tokens
+        self._pace.observe(len(plan.decodes), sum(len(p.tokens) for p in plan.prefills), seconds)
         self.stats.record_step(seconds, len(plan.decodes), new, prompts=bool(plan.prefills))
 
     def _record_draft(self, request: Request, length: int, accepted: int) -> None:

@@ -55,10 +55,14 @@ class RowState:
 
 @dataclass(frozen=True)
 class Event:
-    """What the scheduler was told: a request came, went, or a pass is due (with all rows)."""
+    """What the scheduler was told: a request came, went, or a pass is due (with all rows).
+
+    ``slice`` is how many prompt tokens a due pass may read.
+    """
 
     kind: Literal["add", "remove", "schedule"]
     rows: tuple[RowState, ...]
+    slice: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ class Scheduler:
         max_cached_tokens: tokens that the rows in work may hold together; None for no limit.
         max_draft: longest draft of a row that has a drafter.
         record: keep ``events`` and ``decisions``, for `replay`.
+
+    Attributes:
+        slice: prompt tokens of the next pass, where less than ``max_prefill_tokens``.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class Scheduler:
                 raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
         self.max_batch_size, self.max_prefill_tokens = max_batch_size, max_prefill_tokens
         self.max_cached_tokens, self.max_draft = max_cached_tokens, max_draft
+        self.slice = max_prefill_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.record = record
@@ -186,7 +194,7 @@ class Scheduler:
         return 0 if request.drafter is None else self.max_draft
 
     def _slices(self, requests: Iterable[Request]) -> Iterable[Prefill]:
-        left = self.max_prefill_tokens
+        left = min(self.slice, self.max_prefill_tokens)
         for request in requests:
             if left <= 0:
                 return
@@ -198,7 +206,7 @@ class Scheduler:
 
     def _note(self, kind: Any, requests: Iterable[Request]) -> None:
         if self.record:
-            self.events.append(Event(kind, tuple(self._state(r) for r in requests)))
+            self.events.append(Event(kind, tuple(self._state(r) for r in requests), self.slice))
 
     def _state(self, r: Request) -> RowState:
         live, scored = r.finish_reason is None, r.params.prompt_logprobs is not None
@@ -212,6 +220,7 @@ def replay(events: Sequence[Event], **limits: Any) -> list[Decision]:
     for event in events:
         for state in event.rows:
             _restore(requests.setdefault(state.id, _stand_in(state)), state)
+        scheduler.slice = event.slice
         if event.kind == "schedule":
             scheduler.schedule()
         else:

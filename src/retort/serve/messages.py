@@ -28,6 +28,7 @@ class Configure(Struct, tag=True, frozen=True):
     draft_budget: str | int = "auto"
     max_num_seqs: int = 16
     max_prefill_tokens: int = 512
+    prefill_stretch: float | None = None
     max_cache_tokens: int | None = None
     prefix_cache_tokens: int = 0
     max_model_len: int | None = None

@@ -204,6 +204,7 @@ def build_engine(options: Configure) -> Engine:
         draft_budget=options.draft_budget,
         max_batch_size=options.max_num_seqs,
         max_prefill_tokens=options.max_prefill_tokens,
+        prefill_stretch=options.prefill_stretch,
         max_cached_tokens=options.max_cache_tokens,
         prefix_cache_tokens=options.prefix_cache_tokens,
         cpu_backend=options.cpu_backend,

@@ -1,0 +1,1 @@
+"""Measuring a running server: open-loop load, and what its clients saw."""
