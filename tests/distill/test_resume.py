@@ -114,6 +114,17 @@ MIXES = {
         "replay_share": 0.5,
         "logging_steps": 4,
     },
+    "distillm with a full buffer": {
+        "method": "distillm",
+        "dataset_test_split": "train",
+        "eval_steps": 1,
+        "replay_buffer_size": 4,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1.0,  # the validation loss rises, and with it φ
+        "max_grad_norm": 1e3,
+    },
+    "distillm2": {"method": "distillm2"},
+    "speculative KD": {"method": "skd"},
 }
 
 
