@@ -1,0 +1,90 @@
+"""One table out of the finished cells.
+
+    python experiments/mgsr/table.py experiments/mgsr/results > experiments/mgsr/TABLE.md
+
+Mean ± standard deviation over seeds of the five-set average, each set's mean, and the paired
+bootstrap of every method's scores against mgsr's on the same prompts and seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from settings import SETS
+
+from retort.evaluate.significance import paired_bootstrap
+
+Records = dict[str, list[dict[str, Any]]]
+REFERENCE = "mgsr"
+
+
+def markdown(results: Path) -> str:
+    """The table of all cells in ``results`` that were tested."""
+    groups = load(results)
+    head = ["run", "seeds", "rate", "average", *SETS, f"difference to {REFERENCE} [95 %]"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row(label, groups)) + " |" for label in groups]
+    return "\n".join(lines) + "\n"
+
+
+def load(results: Path) -> Records:
+    """Tested cells by label; teacher and base student stand first."""
+    groups: Records = defaultdict(list)
+    for path in sorted(results.glob("*.json")):
+        record = json.loads(path.read_text("utf-8"))
+        if "tests" in record:
+            groups[label_of(record)].append(record)
+    first = ["teacher", "base"]
+    return {k: groups[k] for k in sorted(groups, key=lambda k: (k not in first, k))}
+
+
+def label_of(record: dict[str, Any]) -> str:
+    """What the row is called: the method for the main table, else the stage too."""
+    stage, label = record["stage"], record["label"]
+    if stage in ("teacher", "base"):
+        return stage
+    return label if stage in ("main", "other") else f"{stage} {label}"
+
+
+def row(label: str, groups: Records) -> list[str]:
+    """Cells of one line of the table."""
+    records = groups[label]
+    averages = [r["tests"]["average"] for r in records]
+    spread = f" ± {stdev(averages):.2f}" if len(averages) > 1 else ""
+    sets = [mean(r["tests"]["sets"][name]["mean"] for r in records) for name in SETS]
+    rates = sorted({f"{r['learning_rate']:g}" for r in records})
+    return [
+        label,
+        str(len(records)),
+        ", ".join(rates),
+        f"{mean(averages):.2f}{spread}",
+        *(f"{value:.2f}" for value in sets),
+        difference(records, groups.get(REFERENCE, [])),
+    ]
+
+
+def difference(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+    """Paired bootstrap over prompts of the seeds that both have; sets weigh by their prompts."""
+    ours = {r["seed"]: r for r in reference}
+    shared = [r for r in records if r["seed"] in ours and r is not ours[r["seed"]]]
+    if not shared:
+        return "–"
+    first = [s for r in shared for s in scores(ours[r["seed"]])]
+    second = [s for r in shared for s in scores(r)]
+    found = paired_bootstrap(first, second, samples=2000)
+    verdict = "" if found.separable else ", not separable"
+    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{verdict}"
+
+
+def scores(record: dict[str, Any]) -> list[float]:
+    """All prompts' scores in a fixed order."""
+    return [score for name in SETS for score in record["tests"]["sets"][name]["scores"]]
+
+
+if __name__ == "__main__":
+    print(markdown(Path(sys.argv[1])), end="")
