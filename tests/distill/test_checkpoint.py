@@ -141,7 +141,7 @@ def test_a_trainers_checkpoint_holds_everything_and_loads_as_a_model(tmp_path):
     folder = checkpoint.newest(tmp_path)
     assert folder.name == "checkpoint-4"
     state, tensors = checkpoint.load_state(folder)
-    assert state["bands"]["updates"] == 4 and len(state["buffer"]["pairs"]) == 5
+    assert state["bands"]["updates"] == 4 and len(state["sources"]["buffer"]["pairs"]) == 5
     assert state["corrections"] and state["fixed"]["method"] == "mgsr"
     assert {name.partition(".")[0] for name in tensors} == {"network", "optimizer"}
     from retort.models import zoo

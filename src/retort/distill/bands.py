@@ -37,10 +37,15 @@ class Bands:
         self.term = DacTerm(settings, self.network, self.state)
 
     def step(self, accelerator: Any) -> None:
-        """Apply the gradients of the accumulation window, averaged over all processes."""
+        """Apply the gradients of the accumulation window, averaged over all processes.
+
+        A process whose rows gave none takes part with zeros; the others would wait for it.
+        """
         if self.network is None or self.optimizer is None:
             return
         for parameter in self.network.parameters():
+            if parameter.grad is None and accelerator.num_processes > 1:
+                parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         self.optimizer.step()

@@ -24,7 +24,7 @@ class WholeCheckpointTrainer(Trainer):
 
     @abstractmethod
     def carried(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The subclass's state: JSON values and tensors."""
+        """The subclass's state: JSON values and tensors; called on every process."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
@@ -90,9 +90,10 @@ class WholeCheckpointTrainer(Trainer):
 
     def _finish_checkpoint(self, filled: Path, final: Path) -> None:
         self.accelerator.wait_for_everyone()
+        state, tensors = self.carried()
         if self.args.should_save:
             self._name_best(filled, final.parent)
-            checkpoint.save_state(filled, *self.carried())
+            checkpoint.save_state(filled, state, tensors)
             checkpoint.publish(filled, final)
             filled.parent.rmdir()
         self.accelerator.wait_for_everyone()

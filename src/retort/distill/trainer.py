@@ -111,7 +111,8 @@ class DistillTrainer(WholeCheckpointTrainer):
         student = self._bare_student()
         writer = StudentWriter(student, teacher, self._writing()) if recipe.writes else None
         texts = self._teacher_texts(student, teacher) if recipe.completions == "teacher" else None
-        return Sources(recipe, writer, config.seed, config.replay_share, texts)
+        share = self._gathered
+        return Sources(recipe, writer, config.seed, config.replay_share, texts, share)
 
     def _writing(self) -> WritingSettings:
         config, recipe = self.config, self.recipe
@@ -237,12 +238,14 @@ class DistillTrainer(WholeCheckpointTrainer):
 
     def _summed(self, sums: dict[str, float]) -> dict[str, float]:
         """Sums over all processes."""
-        if self.accelerator.num_processes == 1:
-            return sums
         total = metrics.Meter()
-        for part in gather_object([sums]):
+        for part in self._gathered([sums]):
             total.add(part)
         return total.take()
+
+    def _gathered(self, items: list[Any]) -> list[Any]:
+        """The items of all processes; every process must call it."""
+        return list(gather_object(items)) if self.accelerator.num_processes > 1 else items
 
     def _require_finite(self, numbers: Mapping[str, float]) -> None:
         bad = [k for k, v in numbers.items() if k.endswith(".total") and not math.isfinite(v)]
@@ -313,10 +316,13 @@ class DistillTrainer(WholeCheckpointTrainer):
     # What the checkpoint carries
 
     def carried(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything that the next step reads beside weights, optimiser and random numbers."""
+        """Everything that the next step reads beside weights, optimiser and random numbers.
+
+        Every process must call it: what they counted since the last log record is added up.
+        """
         bands = self.objective.bands
         state = {
-            "meter": self.meter.state_dict(),
+            "meter": self._summed(self.meter.state_dict()),
             "sources": self.sources.state_dict(),
             "corrections": self.corrections,
             "bands": None if bands is None else bands.numbers(),
@@ -327,7 +333,7 @@ class DistillTrainer(WholeCheckpointTrainer):
     def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
         """Take back what `carried` gave; refuses to go on as another run."""
         checkpoint.check_same_run(state["fixed"], checkpoint.fixed_choices(self.config), folder)
-        self.meter.load_state_dict(state["meter"])
+        self.meter.load_state_dict(state["meter"] if self.is_world_process_zero() else {})
         self.sources.load_state_dict(state["sources"])
         self.corrections = state["corrections"]
         if self.objective.bands is not None:

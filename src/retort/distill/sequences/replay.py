@@ -13,6 +13,11 @@ class ReplayBuffer:
     def __init__(self, capacity: int) -> None:
         self._pairs: deque[tuple[list[int], list[int]]] = deque(maxlen=capacity)
 
+    @property
+    def capacity(self) -> int:
+        """Most pairs that are kept."""
+        return self._pairs.maxlen or 0
+
     def __len__(self) -> int:
         return len(self._pairs)
 

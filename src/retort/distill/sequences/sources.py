@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,8 @@ class Sources:
         writer: None where the student writes nothing.
         replay_share: share of the student's sequences that come from the buffer.
         teacher_texts: None where no teacher's text is learned from.
+        share: gives the items of all processes for one's own; called once in each `draw` that may
+            write, so that every process holds the same buffer.
 
     Attributes:
         buffer: earlier student texts.
@@ -43,9 +45,10 @@ class Sources:
         seed: int,
         replay_share: float = 0.0,
         teacher_texts: TeacherTexts | None = None,
+        share: Callable[[list[Any]], list[Any]] = list,
     ) -> None:
         self.recipe, self.writer, self.seed = recipe, writer, seed
-        self.replay_share, self.teacher_texts = replay_share, teacher_texts
+        self.replay_share, self.teacher_texts, self.share = replay_share, teacher_texts, share
         self.buffer = ReplayBuffer(recipe.replay_buffer_size)
         self.schedule = AdaptiveShare()
 
@@ -70,8 +73,8 @@ class Sources:
             self._sequences(text, source, draw, fresh)
             for text, source, draw in zip(offline, chosen, draws, strict=True)
         ]
-        for text in writing.texts:
-            self.buffer.add(text.prompt, text.tokens)
+        pairs = zip(examples, chosen, strict=True)
+        self._remember([e.index for e, source in pairs if source == "student"], writing.texts)
         rest = iter(made)
         return [[s for _ in batch for s in next(rest)] for batch in window], writing
 
@@ -90,6 +93,14 @@ class Sources:
             return ""
         r = random.Random(f"{self.seed}/{step}/r").random()  # the same in every process
         return self.schedule.choose(r, progress, self.buffer.is_full)
+
+    def _remember(self, indices: Sequence[int], texts: Sequence[Text]) -> None:
+        """Keep what all processes wrote, in the dataset's order, whoever wrote it."""
+        if self.writer is None or not self.buffer.capacity:
+            return
+        written = [(i, t.prompt, t.tokens) for i, t in zip(indices, texts, strict=True)]
+        for _, prompt, completion in sorted(self.share(written)):
+            self.buffer.add(prompt, completion)
 
     def _choose(self, draw: random.Random) -> str:
         """Source of one distilled sequence; "" where nothing is distilled."""
