@@ -14,9 +14,17 @@ from retort.cli.output import print_json, print_table, say
 from retort.errors import ConfigurationError, RetortError
 
 
+_HELP = """Measure a running server, or decoding.
+
+Examples:
+
+    retort bench serve --prompts spec_bench.jsonl --request-rate 2
+"""
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the verbs of this file."""
-    bench = typer.Typer(help="Measure a running server, or decoding.", no_args_is_help=True)
+    bench = typer.Typer(help=_HELP, no_args_is_help=True)
     bench.command("serve")(serve)
     bench.command("decode", context_settings={"ignore_unknown_options": True})(decode)
     app.add_typer(bench, name="bench")
