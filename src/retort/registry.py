@@ -1,7 +1,8 @@
 """Our model classes join transformers' Auto classes, whoever is imported first.
 
 `install_hooks` runs at ``import retort`` and loads neither torch nor transformers. It leaves
-post-import hooks on transformers' two Auto modules and on our own model modules.
+post-import hooks on transformers' two Auto modules, on our own model modules, and on PEFT's
+defaults, which then know the linears of ours.
 
 No hook imports a model. transformers loads its Auto modules in the middle of loading others (its
 quantizers, for one), and a model module imported at that moment would find ``PreTrainedModel``
@@ -22,17 +23,23 @@ from wrapt import lazy_import, register_post_import_hook
 
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
+_ADAPTERS = "peft.utils.constants"
+_RETNET_LORA = ("q_proj", "k_proj", "vg_proj", "o_proj")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the classes of one ``model_type`` live; a class name of ``None`` is not registered."""
+    """Where the classes of one ``model_type`` live; a class name of ``None`` is not registered.
+
+    ``lora`` names the linears that PEFT's LoRA adapts where its user names none.
+    """
 
     model_type: str
     module: str
     config: str
     causal_lm: str
     model: str | None = None
+    lora: tuple[str, ...] = ()
 
 
 ARCHITECTURES = (
@@ -42,6 +49,7 @@ ARCHITECTURES = (
         config="DenseRetNetConfig",
         causal_lm="DenseRetNetForCausalLM",
         model="DenseRetNetModel",
+        lora=_RETNET_LORA,
     ),
     Architecture(
         model_type="dense_mamba",
@@ -49,12 +57,14 @@ ARCHITECTURES = (
         config="DenseMambaConfig",
         causal_lm="DenseMambaForCausalLM",
         model="DenseMambaModel",
+        lora=("in_proj", "x_proj", "out_proj"),
     ),
     Architecture(
         model_type="DenseGauRetNet",
         module="retort.models.conversion",
         config="DenseGauRetNetConfig",
         causal_lm="DenseGauRetNetForCausalLM",
+        lora=_RETNET_LORA,
     ),
 )
 
@@ -63,6 +73,7 @@ def install_hooks() -> None:
     """Register every architecture now or as soon as both sides have loaded."""
     register_post_import_hook(_on_configurations, _CONFIGURATIONS)
     register_post_import_hook(_on_models, _MODELS)
+    register_post_import_hook(_on_adapters, _ADAPTERS)
     for module in {architecture.module for architecture in ARCHITECTURES}:
         register_post_import_hook(_on_own_module, module)
 
@@ -77,6 +88,12 @@ def _on_configurations(auto: ModuleType) -> None:
 def _on_models(_: ModuleType) -> None:
     for architecture in ARCHITECTURES:
         _register_models(architecture)
+
+
+def _on_adapters(constants: ModuleType) -> None:
+    known = getattr(constants, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
+    for architecture in ARCHITECTURES:
+        known.setdefault(architecture.model_type, list(architecture.lora))
 
 
 def _on_own_module(module: ModuleType) -> None:

@@ -63,8 +63,8 @@ def naive_mixer(config, w, x, earlier):
     dt, b, c = (u @ w["x_proj.weight"].T).split([rank, n, n], -1)
     dt = F.softplus(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"])
     own = reference.selective_states(-w["A_log"].exp().T, dt, b, u)
-    gate = torch.zeros_like(u)
-    if earlier:
+    gate = torch.zeros_like(u) if config.dense_gate else torch.ones_like(u)
+    if earlier and config.dense_gate:
         gate = F.silu(F.silu(x @ w["select.fc1.weight"].T) @ w["select.fc2.weight"].T)
     y = reference.dense_readout(c, own, gate, earlier) + w["D"] * u
     return (y * F.silu(z)) @ w["out_proj.weight"].T, own

@@ -68,7 +68,9 @@ def naive_block(config, w, x, features):
     earlier = features[-config.dense_block_layers :] if config.dense_block_layers else []
     fused = dict(own)
     for i, name in enumerate("kv"):
-        if earlier:
+        if earlier and not config.dense_gate:
+            fused[name] = own[name] + sum(f[i] for f in earlier)
+        elif earlier:
             gate = w[f"{name}_select.fc1.weight"], w[f"{name}_select.fc2.weight"]
             fused[name] = reference.hidden_fusion(x, own[name], [f[i] for f in earlier], *gate)
         if f"{name}_norm.weight" in w:

@@ -28,6 +28,13 @@ def test_a_zero_gate_leaves_the_feature_alone():
     assert torch.equal(fusion(torch.randn(5, 6), own, [torch.randn(5, 4)]), own)
 
 
+def test_without_a_gate_features_add_up_and_there_is_no_weight():
+    fusion = HiddenFusion(6, 4, None)
+    own, *earlier = torch.randn(3, 5, 4)
+    assert torch.equal(fusion(torch.randn(5, 6), own, earlier), own + (earlier[0] + earlier[1]))
+    assert not list(fusion.parameters())
+
+
 def test_window_holds_the_last_layers_kind_after_kind():
     window = FeatureWindow(2)
     assert window.flat() == []

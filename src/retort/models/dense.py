@@ -43,11 +43,15 @@ class HiddenFusion(nn.Module):
     Args:
         hidden_size: width of the layer's input.
         feature_size: width d of the feature, or of the gate where it broadcasts over the rest.
-        gate_size: inner width of the gate.
+        gate_size: inner width of the gate; None leaves it out: earlier features are added as
+            they are, with no weight (an ablation).
     """
 
-    def __init__(self, hidden_size: int, feature_size: int, gate_size: int) -> None:
+    def __init__(self, hidden_size: int, feature_size: int, gate_size: int | None) -> None:
         super().__init__()
+        self.gated = gate_size is not None
+        if gate_size is None:
+            return
         self.fc1 = nn.Linear(hidden_size, gate_size, bias=False)
         self.fc2 = nn.Linear(gate_size, feature_size, bias=False)
 
@@ -57,7 +61,8 @@ class HiddenFusion(nn.Module):
 
     def forward(self, x: Tensor, own: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         """The fused feature ``[..., d]`` of the layer's own and the earlier ones."""
-        return own + self.gate(x) * sum(earlier[1:], earlier[0])
+        total = sum(earlier[1:], earlier[0])
+        return own + (self.gate(x) * total if self.gated else total)
 
 
 class FeatureWindow:

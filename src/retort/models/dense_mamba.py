@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -40,6 +39,7 @@ from transformers.utils import can_return_tuple
 from retort.cache.mamba import MambaRowCache, MambaShape
 from retort.cache.recurrent import Feed
 from retort.errors import ConfigurationError
+from retort.models.carried import CarriedMamba, CarriedPass, MambaState, OneTokenPass
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
 from retort.models.mamba_passes import MambaPass, RescanPass, StatePass
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
@@ -59,6 +59,8 @@ class DenseMambaConfig(MambaConfig):
 
     Attributes:
         dense_block_layers: the window m; 0 is Mamba.
+        dense_gate: off, earlier states are added without a gate (an ablation); such a model is
+            not Mamba at the start. There is no switch for norms: these dense layers add none.
         intermediate_select_scale: the gate is hidden_size // this wide inside.
         scan_form: how passes without a cache compute. "chunked" keeps the states of one piece of
             the tokens over m+1 layers, "rescan" none, "recurrent" goes token by token; "auto"
@@ -70,6 +72,7 @@ class DenseMambaConfig(MambaConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     dense_block_layers: int = 2
+    dense_gate: bool = True
     intermediate_select_scale: int = 8
     scan_form: str = "auto"
     chunk_size: int = 64
@@ -103,6 +106,14 @@ class DenseMambaConfig(MambaConfig):
             yield f"chunk_size={self.chunk_size} is not in 1..{LONGEST}"
 
 
+class PassConvolution(nn.Conv1d):
+    """A depthwise convolution that a pass carries out, by a call, which hooks of offloading see."""
+
+    def forward(self, x: Tensor, layer: int, step: MambaPass) -> Tensor:  # type: ignore[override]
+        """The layer's causal convolution of the pass's tokens ``[n, D]``."""
+        return step.convolve(layer, x, self)
+
+
 class DenseMambaMixer(nn.Module):
     """The selective state-space mixer (Mamba, section 3.4) with the dense readout."""
 
@@ -112,7 +123,7 @@ class DenseMambaMixer(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.rank = int(config.time_step_rank)
         self.act = ACT2FN[config.hidden_act]
-        self.conv1d = nn.Conv1d(
+        self.conv1d = PassConvolution(
             inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1,
             bias=config.use_conv_bias,
         )  # fmt: skip
@@ -124,8 +135,10 @@ class DenseMambaMixer(nn.Module):
         self.out_proj = nn.Linear(inner, hidden, bias=config.use_bias)
         self.select: HiddenFusion | None = None
         if layer_idx > 0 and config.dense_block_layers > 0:
-            self.select = HiddenFusion(hidden, inner, hidden // config.intermediate_select_scale)
-            setattr(self.select.fc2, STARTS_AT_ZERO, True)
+            gate = hidden // config.intermediate_select_scale if config.dense_gate else None
+            self.select = HiddenFusion(hidden, inner, gate)
+            if gate is not None:
+                setattr(self.select.fc2, STARTS_AT_ZERO, True)
 
     def forward(
         self, x: Tensor, step: MambaPass, *earlier: Tensor
@@ -140,8 +153,12 @@ class DenseMambaMixer(nn.Module):
         Returns:
             Output ``[n, hidden]`` and this layer's features, as the pass wants them.
         """
+        if not isinstance(self.conv1d, nn.Conv1d):
+            raise ConfigurationError(
+                "conv1d is wrapped (an adapter?), but a pass reads its own weights: leave it out"
+            )
         u, z = self.in_proj(x).chunk(2, -1)
-        u = self.act(step.convolve(self.layer_idx, u, self.conv1d))
+        u = self.act(self.conv1d(u, self.layer_idx, step))
         states = self.A_log.shape[1]
         dt, b, c = self.x_proj(u).split([self.rank, states, states], -1)
         wide = partial(torch.Tensor.to, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -217,6 +234,7 @@ class DenseMambaPreTrainedModel(RecurrentModel, PreTrainedModel):
     _is_stateful = True
     _input_embed_layer = "embeddings"
     row_cache = MambaRowCache
+    carried_state = MambaState
 
     @property
     def cache_shape(self) -> MambaShape:
@@ -257,10 +275,10 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MambaRowCache | None = None,
+        past_key_values: MambaRowCache | MambaState | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cache_params: MambaRowCache | None = None,
+        cache_params: MambaRowCache | MambaState | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -272,7 +290,7 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
                 may stand anywhere.
             position_ids: without a cache, a real token at position 0 starts a packed sequence;
                 else unused.
-            past_key_values: from `new_row_cache` or an earlier output.
+            past_key_values: from `new_row_cache`, `new_state` or an earlier output.
             inputs_embeds: ``[B, T, hidden]`` instead of ids.
             use_cache: by default the configuration's, but never while training.
             cache_params: transformers' other name for ``past_key_values``.
@@ -287,10 +305,17 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         cache = self._pass_input(x, attention_mask, starts, given, use_cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        with self._pass(x, attention_mask, starts, cache) as (feed, step):
-            inputs, hidden = self._run(feed.pack(x), step, bool(output_hidden_states))
-            hidden = feed.unpack(self.norm_f(hidden.to(self.norm_f.weight.dtype)))
-        states = (*(feed.unpack(h) for h in inputs), hidden) if output_hidden_states else None
+        want = bool(output_hidden_states)
+        if isinstance(cache, MambaRowCache):
+            with cache.feed(x.shape[:2], attention_mask) as feed:
+                step = self._step(cache.layout.counts if cache.layout else (), cache, x.device)
+                inputs, hidden = self._run(feed.pack(x), step, want)
+        else:
+            feed, step = self._uncached(x, attention_mask, None if cache else starts, cache)
+            inputs, hidden = self._run(feed.pack(x), step, want)
+            cache = None if cache is None else step.after()  # type: ignore[attr-defined]
+        hidden = feed.unpack(self.norm_f(hidden.to(self.norm_f.weight.dtype)))
+        states = (*(feed.unpack(h) for h in inputs), hidden) if want else None
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,  # type: ignore[arg-type]  # our own kind of cache
@@ -314,17 +339,21 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         *inputs, hidden = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return inputs, hidden
 
-    @contextmanager
-    def _pass(
-        self, x: Tensor, mask: Tensor | None, starts: Tensor | None, cache: MambaRowCache | None
-    ) -> Iterator[tuple[Feed, MambaPass]]:
-        if cache is None:
-            feed, lengths = _uncached(x, mask, starts)
-            yield feed, self._step(lengths, None, x.device)
-            return
-        with cache.feed(x.shape[:2], mask) as feed:
-            layout = cache.layout
-            yield feed, self._step(layout.counts if layout else (), cache, x.device)
+    def _uncached(
+        self, x: Tensor, mask: Tensor | None, starts: Tensor | None, state: MambaState | None
+    ) -> tuple[Feed, MambaPass]:
+        """The pass over a rectangle, from nothing or from a state that the caller carries."""
+        batch, width = x.shape[:2]
+        if state is not None and width == 1 and mask is None:
+            return Feed(torch.zeros(batch, 1, dtype=torch.long), None), OneTokenPass(state)
+        if mask is not None:
+            mask = mask[:, -width:]
+        feed, lengths = _sequences(x, mask, starts)
+        if state is None:
+            return feed, self._step(lengths, None, x.device)
+        counts = [width] * batch if mask is None else mask.bool().sum(1).tolist()
+        pieces = cut(lengths, self.config.chunk_size, self.config.conv_kernel, 0, x.device)
+        return feed, CarriedPass(pieces, CarriedMamba(state, counts))
 
     def _step(
         self, lengths: tuple[int, ...], cache: MambaRowCache | None, device: torch.device
@@ -342,7 +371,7 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         return StatePass(cut(lengths, self.config.chunk_size, kernel, limit, device), cache)
 
 
-def _uncached(
+def _sequences(
     x: Tensor, mask: Tensor | None, starts: Tensor | None
 ) -> tuple[Feed, tuple[int, ...]]:
     """The real tokens of a batch, and the lengths of the sequences that they form."""
@@ -374,11 +403,11 @@ class DenseMambaForCausalLM(DenseMambaPreTrainedModel, RecurrentGeneration, Gene
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MambaRowCache | None = None,
+        past_key_values: MambaRowCache | MambaState | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        cache_params: MambaRowCache | None = None,
+        cache_params: MambaRowCache | MambaState | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,

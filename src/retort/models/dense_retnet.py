@@ -8,7 +8,6 @@ arXiv 2307.08621), optionally followed by a gated MLP for students cut from a tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -27,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from retort.cache.recurrent import Feed
 from retort.cache.retention import RetentionRowCache, RetentionShape
 from retort.errors import ConfigurationError
+from retort.models.carried import CarriedRetention, RetentionState
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
 from retort.ops.clock import Clock
@@ -50,6 +50,7 @@ class DenseRetNetConfig(PreTrainedConfig):
         dense_block_layers: the window m; 0 is RetNet.
         intermediate_k_select_scale: the gate of k is hidden_size // this wide inside.
         intermediate_v_select_scale: the same for v.
+        dense_gate: off, earlier keys and values are added without a gate (an ablation).
         dense_norms: at m = 0, still norm k and v from layer 1 on, as dense layers do (the
             control of every experiment).
         mlp_intermediate_size: when above 0, a gated SiLU MLP with its own norm follows each
@@ -72,6 +73,7 @@ class DenseRetNetConfig(PreTrainedConfig):
     dense_block_layers: int = 2
     intermediate_k_select_scale: int = 8
     intermediate_v_select_scale: int = 32
+    dense_gate: bool = True
     dense_norms: bool = False
     mlp_intermediate_size: int = 0
     rms_norm_eps: float = 1e-6
@@ -158,8 +160,8 @@ class DenseRetention(nn.Module):
         if self.dense:
             k_gate = hidden // config.intermediate_k_select_scale
             v_gate = hidden // config.intermediate_v_select_scale
-            self.k_select = HiddenFusion(hidden, keys, k_gate)
-            self.v_select = HiddenFusion(hidden, values, v_gate)
+            self.k_select = HiddenFusion(hidden, keys, k_gate if config.dense_gate else None)
+            self.v_select = HiddenFusion(hidden, values, v_gate if config.dense_gate else None)
         if self.normed:
             self.k_norm = RMSNorm(keys, config.rms_norm_eps)
             self.v_norm = RMSNorm(values, config.rms_norm_eps)
@@ -253,6 +255,7 @@ class DenseRetNetPreTrainedModel(RecurrentModel, PreTrainedModel):
     _can_record_outputs = {"hidden_states": DenseRetNetLayer}  # noqa: RUF012
 
     row_cache = RetentionRowCache
+    carried_state = RetentionState
 
     @property
     def cache_shape(self) -> RetentionShape:
@@ -287,7 +290,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: RetentionRowCache | None = None,
+        past_key_values: RetentionRowCache | RetentionState | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -300,7 +303,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
                 may stand anywhere.
             position_ids: without a cache, a real token at position 0 starts a packed sequence;
                 else unused, since a position is the number of real tokens before.
-            past_key_values: from `new_row_cache` or an earlier output.
+            past_key_values: from `new_row_cache`, `new_state` or an earlier output.
             inputs_embeds: ``[B, T, hidden]`` instead of ids.
             use_cache: by default the configuration's, but never while training.
             **kwargs: ``cu_seq_lens_q`` marks packed sequences too; others are ignored.
@@ -310,11 +313,16 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         starts = sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), hidden.shape[1])
         cache = self._pass_input(hidden, attention_mask, starts, past_key_values, use_cache)
-        with self._pass(hidden, attention_mask, starts, cache) as step:
+        if isinstance(cache, RetentionRowCache):
+            with cache.feed(hidden.shape[:2], attention_mask) as feed:
+                hidden = self._run_layers(hidden, self._cached(feed, hidden, cache))
+        else:
+            step = self._uncached(hidden, attention_mask, None if cache else starts, cache)
             hidden = self._run_layers(hidden, step)
+            cache = None if cache is None else step.mix.after()  # type: ignore[attr-defined]
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden),
-            past_key_values=cache,  # type: ignore[arg-type]  # our own kind of cache
+            past_key_values=cache,  # type: ignore[arg-type]  # our own kinds
         )
 
     def _run_layers(self, hidden: Tensor, step: RetentionPass) -> Tensor:
@@ -324,36 +332,37 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
             window.push(k, v)
         return hidden
 
-    @contextmanager
-    def _pass(
-        self, x: Tensor, mask: Tensor | None, starts: Tensor | None, cache: RetentionRowCache | None
-    ) -> Iterator[RetentionPass]:
-        shape = (x.shape[0], x.shape[1])
+    def _uncached(
+        self, x: Tensor, mask: Tensor | None, starts: Tensor | None, state: RetentionState | None
+    ) -> RetentionPass:
+        """The pass over a rectangle, from nothing or from a state that the caller carries."""
+        decay, config = self._decay(x), self.config
+        real = None if mask is None else mask[:, -x.shape[1] :].to(x.device, torch.bool)
+        clock = Clock.of(real, starts, (x.shape[0], x.shape[1]), x.device)
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return retention(q, k, v, decay, clock, config.retention_form, config.chunk_size)
+
+        if state is None:
+            return self._step(clock.positions, decay, lambda _, q, k, v: mix(q, k, v))
+        if config.retention_form == "clamped":
+            raise ConfigurationError("retention_form='clamped' has no state to go on from")
+        positions = clock.positions + state.lengths.unsqueeze(1)
+        return self._step(positions, decay, CarriedRetention(state, clock, decay, mix))
+
+    def _cached(self, feed: Feed, x: Tensor, cache: RetentionRowCache) -> RetentionPass:
+        def mix(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return feed.unpack(cache.retention(layer, *(feed.pack(t) for t in (q, k, v))))
+
+        return self._step(feed.positions, self._decay(x), mix)
+
+    def _decay(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        decay = log_decay(self.config.num_attention_heads, dtype, x.device)
-        if cache is None:
-            real = None if mask is None else mask.to(x.device, torch.bool)
-            clock = Clock.of(real, starts, shape, x.device)
-            form, size = self.config.retention_form, self.config.chunk_size
-            yield self._step(
-                clock.positions,
-                decay,
-                lambda _, q, k, v: retention(q, k, v, decay, clock, form, size),
-            )
-            return
-        with cache.feed(x.shape[:2], mask) as feed:
-            yield self._step(feed.positions, decay, _cached(cache, feed))
+        return log_decay(self.config.num_attention_heads, dtype, x.device)
 
     def _step(self, positions: Tensor, decay: Tensor, mix: Callable) -> RetentionPass:
         phase = rotary_phase(positions, self.cache_shape.key_dim, decay.dtype)
         return RetentionPass(phase, normaliser(positions + 1, decay).unsqueeze(-1), mix)
-
-
-def _cached(cache: RetentionRowCache, feed: Feed) -> Callable:
-    def mix(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return feed.unpack(cache.retention(layer, *(feed.pack(x) for x in (q, k, v))))
-
-    return mix
 
 
 class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, RecurrentGeneration, GenerationMixin):
@@ -374,7 +383,7 @@ class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, RecurrentGeneration, Ge
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: RetentionRowCache | None = None,
+        past_key_values: RetentionRowCache | RetentionState | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,

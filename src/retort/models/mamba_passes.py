@@ -8,17 +8,30 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from retort.cache.mamba import MambaRowCache
 from retort.ops.segments import Piece, convolve
 from retort.ops.selective_scan import ScanInputs, read, scan_states, selective_scan
 
 Fuse = Callable[[Tensor, list[Tensor]], Tensor]
 
 
+class Span(Protocol):
+    """Tokens ``begin : end`` of the flat axis."""
+
+    @property
+    def begin(self) -> int:
+        """First token."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """One past the last token."""
+        ...
+
+
 class MambaPass(Protocol):
     """One forward pass over a flat token axis; iterating sets the piece that layers work on."""
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Span]:
         """The pieces, in order; all layers run on one before the next comes."""
         ...
 
@@ -46,6 +59,22 @@ class MambaPass(Protocol):
         ...
 
 
+class StateStore(Protocol):
+    """Where segments start from, and what takes their states: a `MambaRowCache`, for one."""
+
+    def history(self, layer: int, rows: slice) -> Tensor:
+        """The K−1 convolution inputs before segments ``[r, K−1, D]``."""
+        ...
+
+    def resume(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """Which of the segments have a state (numbers from 0), and the states ``[k, N, D]``."""
+        ...
+
+    def record(self, layer: int, piece: Piece, x: Tensor, inputs: ScanInputs, h: Tensor) -> None:
+        """Take the convolution's inputs ``[n, D]`` and the states ``[n, N, D]`` of a piece."""
+        ...
+
+
 class StatePass:
     """A layer's feature is its states of a piece ``[n, N, D]``; memory for one piece at a time.
 
@@ -54,7 +83,7 @@ class StatePass:
         cache: between begin() and end(), or None where every segment starts from nothing.
     """
 
-    def __init__(self, pieces: Iterable[Piece], cache: MambaRowCache | None) -> None:
+    def __init__(self, pieces: Iterable[Piece], cache: StateStore | None) -> None:
         self._pieces, self._cache = pieces, cache
         self._states: dict[int, Tensor] = {}  # of each layer, at the end of the last piece
         self._inputs: dict[int, Tensor] = {}

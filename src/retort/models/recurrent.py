@@ -1,7 +1,8 @@
 """What our recurrent models share: caches by name and shape, packed input, generation.
 
 A model adds `RecurrentModel` to its pre-trained base class and defines ``row_cache`` (the class
-of its caches) and ``cache_shape`` (the sizes of its states).
+of its caches), ``carried_state`` (the class of states that the caller carries) and
+``cache_shape`` (the sizes of both).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 class RecurrentModel:
-    """Mixin of a `PreTrainedModel` whose state is a `RecurrentRowCache`."""
+    """Mixin of a `PreTrainedModel` whose state is a `RecurrentRowCache`, or carried tensors."""
 
     config: Any
     dtype: torch.dtype
@@ -30,6 +31,7 @@ class RecurrentModel:
 
     row_cache: Any
     cache_shape: Any
+    carried_state: Any
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,6 +64,16 @@ class RecurrentModel:
         """
         return self.row_cache(self.cache_shape, self.dtype, self.device, tape, max_draft)
 
+    def new_state(self, batch_size: int) -> Any:
+        """The state before any token, as tensors that the caller carries (`models.carried`).
+
+        Given as `past_key_values`, the next one comes back; gradients flow through both.
+        """
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return self.carried_state.zeros(
+            self.cache_shape, batch_size, dtype=dtype, device=self.device
+        )
+
     def _pass_input(
         self,
         hidden: Tensor,
@@ -86,9 +98,21 @@ class RecurrentModel:
                     "pass use_cache=False, or feed them as rows between cache.begin and cache.end"
                 )
             use_cache = False
-        cache = self._cache(cache, use_cache)
+        if isinstance(cache, self.carried_state):
+            self._check_state(cache, hidden.shape[0])
+        else:
+            cache = self._cache(cache, use_cache)
         _check_mask(attention_mask, hidden, cache)
         return cache
+
+    def _check_state(self, state: Any, batch: int) -> None:
+        wanted = self.carried_state.zeros(self.cache_shape, batch, device="meta")
+        shapes = [[list(x.shape) for x in parts] for parts in (state, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ConfigurationError(
+                f"the state has shapes {shapes[0]}; this model and {batch} rows need {shapes[1]}: "
+                "use model.new_state(batch_size)"
+            )
 
     def _cache(self, cache: Any, use_cache: bool | None) -> Any:
         if use_cache is None:
@@ -121,6 +145,10 @@ class RecurrentGeneration(GenerationMixin):
         given = model_kwargs.pop("cache_params", None)
         if given is not None:
             model_kwargs["past_key_values"] = given
+        if isinstance(model_kwargs.get("past_key_values"), tuple):
+            raise ConfigurationError(
+                "generate needs a cache that it can write to: model.new_row_cache()"
+            )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_row_cache()  # type: ignore[attr-defined]
 

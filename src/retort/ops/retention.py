@@ -145,6 +145,27 @@ def _chunk_states(added: Tensor, carry: Tensor) -> Tensor:
     return torch.stack(states, 1)
 
 
+def state_output(q: Tensor, state: Tensor, decay: Tensor, clock: Clock) -> Tensor:
+    """What a state before the first token adds to Y: γ^{c_i} q_i R, ``[B, T, H, d_v]``.
+
+    Args:
+        q: queries ``[B, T, H, d_k]``.
+        state: R ``[B, H, d_k, d_v]``.
+        decay: log γ ``[H]``.
+        clock: of rows that are one sequence each.
+    """
+    power = torch.exp(clock.seen.to(decay.dtype).unsqueeze(-1) * decay)
+    return torch.einsum("bthk,bhkv->bthv", q * power.unsqueeze(-1), state)
+
+
+def state_after(state: Tensor, k: Tensor, v: Tensor, decay: Tensor, clock: Clock) -> Tensor:
+    """R after the last token, γ^{c_T} R + Σ_j γ^{c_T − c_j} k_j v_jᵀ; see `state_output`."""
+    last = clock.seen[:, -1:].to(decay.dtype)
+    power = torch.exp((last - clock.seen).unsqueeze(-1) * decay) * clock.real.unsqueeze(-1)
+    added = torch.einsum("bthk,bthv->bhkv", k * power.unsqueeze(-1), v)
+    return torch.exp(last * decay)[..., None, None] * state + added
+
+
 def recurrent_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, clock: Clock) -> Tensor:
     """Y one token after another: R_n = γ R_{n−1} + k_n v_nᵀ, Y_n = q_n R_n."""
     gamma = decay.exp()[:, None, None]
