@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,14 @@ MANIFEST = "retort_manifest.json"
 STAMP = ".retort_stamp.json"
 
 
-def write_manifest(folder: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write the manifest of ``folder`` with the facts ``about`` it, then its stamp."""
-    hashes = {name: sha256(folder / name) for name in _names(folder)}
+def write_manifest(
+    folder: Path, about: Mapping[str, Any] | None = None, skip: Collection[str] = ()
+) -> None:
+    """Write the manifest of ``folder`` with the facts ``about`` it, then its stamp.
+
+    Files named in ``skip`` do not belong to the content.
+    """
+    hashes = {name: sha256(folder / name) for name in _names(folder) if name not in skip}
     write_json(folder / MANIFEST, {**(about or {}), "files": hashes})
     _write_stamp(folder, list(hashes))
 

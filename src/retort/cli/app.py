@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from retort.cli import bench, convert, demo, distill, env, generate, models, report, serve
+from retort.cli import bench, capture, convert, demo, distill, env, generate, models, report, serve
 
 _HELP = "Distil a language model into a small student, and serve either one faster, losslessly."
 
@@ -22,7 +22,7 @@ def command() -> Any:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for module in (demo, models, generate, serve, bench, distill, convert, report, env):
+    for module in (demo, models, generate, serve, bench, capture, distill, convert, report, env):
         module.add_to(app)
     return typer.main.get_command(app)
 

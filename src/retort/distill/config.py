@@ -65,6 +65,9 @@ class DistillConfig(TrainingArguments):
     teacher_model_init_kwargs: dict[str, Any] | str | None = _say(
         None, "Keywords of the teacher's from_pretrained, as JSON."
     )
+    teacher_signal: str | None = _say(
+        None, "Folder of `retort capture`, instead of the teacher's forwards on the dataset."
+    )
     trust_remote_code: bool = _say(False, "Allow models to bring code of their own.")
     disable_dropout: bool = _say(True, "Set every dropout of the student to 0.")
 
@@ -170,6 +173,7 @@ class DistillConfig(TrainingArguments):
             if not fine:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r} is wrong: {rule}")
         self._check_method()
+        self._check_signal()
         self.dac_settings()
         for name in dict.fromkeys(filter(None, (self.recipe.divergence, self.recipe.contrast))):
             self.divergence_function(name)
@@ -250,6 +254,20 @@ class DistillConfig(TrainingArguments):
         if IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
             return "the scheduler follows the evaluation's loss: set eval_strategy and its data"
         return None
+
+    def _check_signal(self) -> None:
+        if self.teacher_signal is None:
+            return
+        if not self.recipe.distils:
+            raise ConfigurationError(
+                f"teacher_signal={self.teacher_signal!r} contradicts method={self.method!r}, which "
+                "has no distance to a teacher: leave it out, or choose another method"
+            )
+        if self.recipe.writes or self.recipe.completions == "teacher":
+            raise ConfigurationError(
+                f"teacher_signal={self.teacher_signal!r} knows the dataset's completions only, and "
+                f"method={self.method!r} has others written: set lmbda to 0, or leave it out"
+            )
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         share = "it must lie in [0, 1]"

@@ -97,7 +97,8 @@ def _check_decodes(name: str, trust_remote_code: bool) -> None:
 
 
 def _teacher(config: DistillConfig) -> Any:
-    needed = config.recipe.needs_teacher or config.student_type is not None
+    teaches = config.recipe.needs_teacher and config.teacher_signal is None
+    needed = teaches or config.student_type is not None
     return load_teacher(config) if needed or config.teacher_model_name_or_path else None
 
 

@@ -11,6 +11,8 @@ shared width and how its temperature changes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,6 +205,14 @@ def check_vocabularies(teacher: Any, student: Any) -> None:
                 "method 'sft'."
             )
     _check_probe(teacher, student)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of what `check_vocabularies` compares: ids of all tokens and a probe's encoding."""
+    known = sorted((i, t) for t, i in tokenizer.get_vocab().items())
+    probe = tokenizer.encode(_PROBE, add_special_tokens=False)
+    text = json.dumps([known, list(probe)], ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _PROBE = "It's 12.5°C, naïve — don't\n\tpanic: 🙂 日本語 <tag> x_1+=2;"

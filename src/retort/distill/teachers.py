@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -24,7 +26,8 @@ class Teacher:
     """
 
     def __init__(self, model: Any, device: torch.device | str | None = None) -> None:
-        self.model = model if device is None else model.to(device)
+        fixed = device is None or getattr(model, "is_quantized", False)  # quantised weights stay
+        self.model = model if fixed else model.to(device)
         self.model.eval().requires_grad_(False)
         self.headless = HeadlessModel(self.model)
         self.seconds = 0.0
@@ -48,6 +51,48 @@ class Teacher:
         config = self.model.config.get_text_config()
         width = config.hidden_size if self.headless.plain else config.vocab_size
         return torch.zeros(0, width, device=self.model.device, dtype=self.model.dtype)
+
+
+class AdapterOffTeacher(Teacher):
+    """The student's own base model: a PEFT model with its adapters switched off.
+
+    One copy of the weights serves both. While the teacher runs, body and head, adapters are off
+    and every module is in evaluation mode; the student's state comes back at once.
+    """
+
+    def __init__(self, student: Any) -> None:
+        self.peft = student
+        self.model = student.get_base_model()
+        self.headless = HeadlessModel(self.model)
+        self.seconds = 0.0
+
+    @torch.no_grad()
+    def signal(self, batch: Batch, mask: Tensor) -> HeadSignal:
+        """What the base model predicts at ``mask`` (bool ``[R, T]``), in the batch's order."""
+        with self._off():
+            found = super().signal(batch, mask)
+        return HeadSignal(found.hidden, self._head)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        with self._off():
+            return self.headless.head(hidden)
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        training = [module for module in self.peft.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            with self.peft.disable_adapter():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether ``model`` is a PEFT model, whose base can teach it."""
+    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
 
 
 def load_teacher(config: DistillConfig) -> Any:

@@ -24,6 +24,7 @@ from retort.decode.support import max_length
 from retort.distill import checkpoint, metrics
 from retort.distill.batch import Batch, TrainingSequence, build_batch
 from retort.distill.callbacks import StepCallback
+from retort.distill.captured import CapturedTeacher, build_teacher
 from retort.distill.config import DistillConfig
 from retort.distill.data import Encoding, Example, collate, end_tokens, tokenize
 from retort.distill.hidden import HeadlessModel
@@ -34,7 +35,7 @@ from retort.distill.saving import WholeCheckpointTrainer
 from retort.distill.sequences.sources import Sources, source_shares
 from retort.distill.sequences.teacher_text import TeacherTexts
 from retort.distill.sequences.writers import StudentWriter, Writing, WritingSettings
-from retort.distill.teachers import Teacher, load_teacher
+from retort.distill.teachers import has_adapter, load_teacher
 from retort.errors import ConfigurationError, RetortError
 
 KEPT_CORRECTIONS = 64
@@ -68,7 +69,7 @@ class DistillTrainer(WholeCheckpointTrainer):
         args = args if args is not None else DistillConfig()
         if processing_class is None:
             raise ConfigurationError("DistillTrainer needs processing_class, the tokenizer")
-        teacher_model = _teacher_model(args, teacher_model)
+        teacher_model = _teacher_model(args, teacher_model, model)
         model = _student_model(args, model, teacher_model)
         if args.disable_dropout:
             disable_dropout(model)
@@ -90,7 +91,9 @@ class DistillTrainer(WholeCheckpointTrainer):
 
     def _set_up(self, args: DistillConfig, teacher_model: Any, tokenizer: Any) -> None:
         self.config, self.recipe, self.tokens = args, args.recipe, tokenizer
-        self.teacher = None if teacher_model is None else Teacher(teacher_model, args.device)
+        self.teacher = build_teacher(args, teacher_model, self.model)
+        if isinstance(self.teacher, CapturedTeacher):
+            self.teacher.check(tokenizer, self.train_dataset, self.eval_dataset, args.dataset_name)
         self.student = HeadlessModel(self._bare_student())
         self.objective: Objective = Objective(args, tokenizer, args.device)
         self.sources = self._build_sources()
@@ -371,10 +374,11 @@ def _tokenized(
     return tokenize(rows, encoding, config.dataset_num_proc)
 
 
-def _teacher_model(config: DistillConfig, given: Any) -> Any:
+def _teacher_model(config: DistillConfig, given: Any, student: Any) -> Any:
     if isinstance(given, str):
         config.teacher_model_name_or_path, given = given, None
-    needed = config.recipe.needs_teacher or config.student_type is not None
+    own = config.teacher_signal is not None or has_adapter(student)
+    needed = (config.recipe.needs_teacher and not own) or config.student_type is not None
     named = config.teacher_model_name_or_path is not None
     return load_teacher(config) if given is None and (needed or named) else given
 

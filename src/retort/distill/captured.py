@@ -1,0 +1,194 @@
+"""A captured teacher (see `capture`) in place of a live one: checked, then read by memory map."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from retort.distill.batch import Batch
+from retort.distill.capture import FORMAT, PROGRESS, Rows, data_hash, digest
+from retort.distill.config import DistillConfig
+from retort.distill.losses import IGNORED
+from retort.distill.signals import TopKSignal, tokenizer_hash
+from retort.distill.teachers import AdapterOffTeacher, Teacher
+from retort.errors import ConfigurationError
+from retort.manifest import first_fault, read_manifest
+
+_SHARD = re.compile(r"shard-\d{5,}\.safetensors")
+
+
+class Capture:
+    """The signal of a finished capture, row by row; nothing but its index is held in memory.
+
+    Every file is hashed when it is opened. Raises ConfigurationError, naming the file, for a
+    capture that is missing, unfinished, damaged or of another format.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.facts = _checked(self.folder)
+        self.vocab_size: int = self.facts["vocab_size"]
+        shards = sorted(self.facts["files"])
+        self._files = [_open(self.folder / name) for name in shards]
+        self._places = self._index()
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._places
+
+    def check(self, tokenizer: Any, rows: Rows, origin: str) -> None:
+        """Refuse a capture of another tokenizer, or one that lacks a row of the data ``origin``."""
+        if tokenizer_hash(tokenizer) != self.facts["tokenizer"]:
+            raise ConfigurationError(
+                f"{self.folder} was captured with another tokenizer than the student's: capture "
+                "again, or use the teacher's tokenizer"
+            )
+        if len(rows) == self.facts["rows"] and data_hash(rows) == self.facts["data"]:
+            return
+        for number, row in enumerate(rows, start=1):
+            if digest(row["prompt_ids"], row["completion_ids"]) not in self:
+                raise ConfigurationError(
+                    f"{self.folder} was captured for other data: row {number} of {origin} is not "
+                    "in it; capture again with the same data, max_length and chat settings"
+                )
+
+    def signal(self, names: Sequence[bytes]) -> TopKSignal:
+        """The signals of rows, by `digest`, one after the other; int64 ids, on the CPU."""
+        parts = [self._read(*self._places[name]) for name in names]
+        ids, log_probs, log_tail = (torch.cat(p) for p in zip(*parts, strict=True))
+        return TopKSignal(ids, log_probs, log_tail, self.vocab_size)
+
+    def nothing(self) -> TopKSignal:
+        """A signal of no rows."""
+        shape = (0, min(self.facts["top_k"], self.vocab_size))
+        empty = torch.zeros(shape, dtype=torch.float16)
+        return TopKSignal(empty.long(), empty, torch.zeros(0), self.vocab_size)
+
+    def _read(self, shard: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        file = self._files[shard]
+        ids, log_probs, tail = (
+            file.get_slice(name)[start:stop] for name in ("ids", "log_probs", "log_tail")
+        )
+        return ids.long(), log_probs, tail
+
+    def _index(self) -> dict[bytes, tuple[int, int, int]]:
+        places: dict[bytes, tuple[int, int, int]] = {}
+        for shard, file in enumerate(self._files):
+            offsets = file.get_tensor("offsets").tolist()
+            names = file.get_tensor("digests").numpy()
+            for name, a, b in zip(names, offsets, offsets[1:], strict=False):
+                places.setdefault(name.tobytes(), (shard, a, b))
+        return places
+
+
+class CapturedTeacher:
+    """Answers as `Teacher` does, from a capture; rows that are not in it go to ``live``.
+
+    ``live`` (a `Teacher`) is only needed to evaluate on data that was not captured.
+    """
+
+    def __init__(self, capture: Capture, live: Any = None) -> None:
+        self.capture, self.live = capture, live
+        self._seconds = 0.0
+
+    @property
+    def model(self) -> Any:
+        """The live teacher's model, None without one."""
+        return None if self.live is None else self.live.model
+
+    @property
+    def seconds(self) -> float:
+        """Time spent reading, and in the live teacher's forwards."""
+        return self._seconds + (0.0 if self.live is None else self.live.seconds)
+
+    def signal(self, batch: Batch, mask: Tensor) -> Any:
+        """What the teacher predicts at ``mask`` (bool ``[R, T]``), in the batch's order."""
+        started = perf_counter()
+        names = _names(batch, mask)
+        if self.live is not None and any(name not in self.capture for name in names):
+            return self.live.signal(batch, mask)
+        found = self.capture.signal(names) if names else self.capture.nothing()
+        device = mask.device
+        self._seconds += perf_counter() - started
+        return TopKSignal(
+            found.indices.to(device),
+            found.log_probs_kept.to(device),
+            found.log_tail.to(device),
+            found.vocab_size,
+        )
+
+    def check(self, tokenizer: Any, train: Any, evaluation: Any, origin: str | None) -> None:
+        """Refuse a capture that does not fit tokenizer or data (`Capture.check`)."""
+        self.capture.check(tokenizer, train, Path(origin or "the training data").name)
+        if self.live is None:
+            parts = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+            for rows in parts.values():
+                if rows is not None:
+                    self.capture.check(tokenizer, rows, "the evaluation data (or name a teacher)")
+
+
+def build_teacher(config: DistillConfig, model: Any, student: Any) -> Any:
+    """The teacher of a run: captured, live, the student's own base, or None where none is needed.
+
+    ``model`` is the loaded teacher or None; ``student`` may be a PEFT model, whose base teaches
+    when nothing else does. Raises ConfigurationError where that base would have to write or
+    revise, for which it needs its own copy.
+    """
+    live = None if model is None else Teacher(model, config.device)
+    if config.teacher_signal is not None:
+        return CapturedTeacher(Capture(config.teacher_signal), live)
+    recipe = config.recipe
+    if live is not None or not recipe.needs_teacher:
+        return live
+    if recipe.scrg or recipe.interleave_top_k or recipe.completions == "teacher":
+        raise ConfigurationError(
+            f"method={config.method!r}: the student's base model cannot write or revise as well as "
+            "teach: set teacher_model_name_or_path to it"
+        )
+    return AdapterOffTeacher(student)
+
+
+def _names(batch: Batch, mask: Tensor) -> list[bytes]:
+    """`digest` of every row that has a position in ``mask``; a row is a prompt and a completion."""
+    names = []
+    ids, targets = batch["input_ids"].cpu(), batch["targets"].cpu()
+    for row in mask.any(1).nonzero()[:, 0].tolist():
+        completion = targets[row][targets[row] != IGNORED].tolist()
+        first = int((targets[row] != IGNORED).nonzero()[0])
+        names.append(digest(ids[row, : first + 1].tolist(), completion))
+    return names
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    facts = read_manifest(folder) if folder.is_dir() else None
+    if facts is None:
+        reason = "is not finished" if (folder / PROGRESS).is_file() else "holds no capture"
+        raise ConfigurationError(f"{folder} {reason}: run `retort capture` on it (again)")
+    if facts.get("format") != FORMAT or "tokenizer" not in facts:
+        raise ConfigurationError(
+            f"{folder} holds no capture of format {FORMAT}: run `retort capture` into a new folder"
+        )
+    fault = _odd_file(folder, facts["files"]) or first_fault(folder, full=True)
+    if fault is not None:
+        raise ConfigurationError(f"{folder} is damaged: {fault}; delete it and capture again")
+    return facts
+
+
+def _odd_file(folder: Path, names: Iterable[str]) -> str | None:
+    for name in names:
+        if not _SHARD.fullmatch(name) or (folder / name).is_symlink():
+            return f"{name!r} is no shard of its own"
+    return None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
