@@ -9,57 +9,14 @@ from retort.decode.request import SamplingParams
 from retort.decode.sampling import gumbel
 from tests.decode.test_engine import ScriptedDrafter
 from tests.decode.toys import prompts, toy
-
-SHAPES = [
-    {},
-    {"temperature": 0.7},
-    {"top_k": 3},
-    {"top_p": 0.6},
-    {"min_p": 0.2},
-    {"repetition_penalty": 1.7},
-    {"presence_penalty": 0.8, "frequency_penalty": 0.3},
-    {"logit_bias": {2: 3.0, 0: -100.0}},
-    {"temperature": 1.4, "top_k": 5, "top_p": 0.9, "repetition_penalty": 0.8},
-]
-
-
-def _naive(logits, options, prompt, output):
-    """The processors' definitions, one token at a time."""
-    scores = [float(x) for x in logits]
-    rep = options.get("repetition_penalty", 1.0)
-    for t in set(prompt) | set(output):
-        scores[t] = scores[t] * rep if scores[t] < 0 else scores[t] / rep
-    for t in set(output):
-        scores[t] -= options.get("presence_penalty", 0)
-        scores[t] -= options.get("frequency_penalty", 0) * output.count(t)
-    for t, b in options.get("logit_bias", {}).items():
-        scores[t] += b
-    scores = [s / options.get("temperature", 1.0) for s in scores]
-    probs = torch.tensor(scores).double().softmax(-1)
-    order = sorted(range(len(scores)), key=lambda t: -scores[t])
-    kept = order[: options.get("top_k") or len(order)]
-    probs = _only(probs, kept)
-    mass, nucleus = 0.0, []
-    for t in kept:
-        if mass < options.get("top_p", 1.0):
-            nucleus.append(t)
-        mass += float(probs[t])
-    probs = _only(probs, nucleus)
-    least = options.get("min_p", 0.0) * float(probs.max())
-    return _only(probs, [t for t in nucleus if float(probs[t]) >= least])
-
-
-def _only(probs, kept):
-    out = torch.zeros_like(probs)
-    out[kept] = probs[kept]
-    return out / out.sum()
+from tests.invariants.naive import SHAPES, naive_probs
 
 
 @pytest.mark.parametrize("options", SHAPES)
 def test_draws_follow_the_exact_distribution(options):
     logits = torch.tensor([0.3, -1.2, 2.0, 1.1, 0.0, -0.4, 1.7])
     prompt, output = [2, 5], [3, 3, 6]
-    expected = _naive(logits, options, prompt, output)
+    expected = naive_probs(logits, options, prompt, output)
     params = SamplingParams(do_sample=True, **options)
     scores = shape_scores(logits, params, prompt, output, set())
     assert torch.allclose(scores.softmax(-1), expected, atol=1e-12)

@@ -3,60 +3,33 @@
     model.generate(**inputs, custom_generate=retort.speculative(drafter="prompt-lookup"))
 
 ``generate`` hands over left-padded ids and a fresh cache: padding is stripped from each row, the
-cache is not used. What this path does not do (beams, guidance, a filled cache, own processors) is
+cache is not used. The generation configuration, logits processors and stopping criteria mean what
+they mean for each row alone. What this path does not do (beams, guidance, a filled cache) is
 refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from retort.decode.engine import Engine
-from retort.decode.request import RequestOutput, SamplingParams
+from retort.decode.hf_rows import Processors, RowProcessors, split_criteria
+from retort.decode.request import Request, RequestOutput, SamplingParams
 from retort.errors import ConfigurationError
 
-_SAME_NAME = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _REFUSED = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "guidance_scale": 1.0,
-    "num_return_sequences": 1,
-    "no_repeat_ngram_size": 0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "bad_words_ids": None,
-    "forced_eos_token_id": None,
-    "forced_bos_token_id": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "sequence_bias": None,
-    "exponential_decay_length_penalty": None,
-    "watermarking_config": None,
     "penalty_alpha": None,
     "dola_layers": None,
-    "output_scores": False,
-    "output_logits": False,
+    "prompt_lookup_num_tokens": None,
     "output_attentions": False,
     "output_hidden_states": False,
-}
-# What transformers builds out of options that are passed on; anything else would be ignored.
-_KNOWN = {
-    "TemperatureLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "MinPLogitsWarper",
-    "RepetitionPenaltyLogitsProcessor",
-    "MinLengthLogitsProcessor",
-    "MinNewTokensLengthLogitsProcessor",
-    "InfNanRemoveLogitsProcessor",
-    "LogitNormalization",
-    "MaxLengthCriteria",
-    "EosTokenCriteria",
 }
 
 
@@ -73,59 +46,90 @@ def speculative(
 
     Args:
         drafter: see `Engine`.
-        tokenizer, stop_strings: given here and not to ``generate``, which would refuse them.
-        seed: row ``i`` of a sampled batch uses ``seed + i``.
-        streamer: a transformers streamer, for batches of one.
+        tokenizer, stop_strings: given here and not to ``generate``, which needs both together.
+        seed: prompt ``i`` of a sampled batch uses ``seed + i``; each of ``num_return_sequences``
+            draws noise of its own.
+        streamer: a transformers streamer for a batch of one, or a list of one for each row.
         engine_options: further arguments of `Engine`, such as ``draft_budget``.
 
     Returns:
         A callable for ``model.generate(custom_generate=…)``. It returns ids ``[batch, length]``,
-        padded on the right, or a ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate``.
-        The engine's counters of the last call are its attribute ``stats``.
+        padded on the right, or a ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate``,
+        whose scores and logits are zero after a row's end. The engine's counters of the last call
+        are its attribute ``stats``.
     """
 
-    def generate(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Any:
-        _refuse(generation_config, kwargs)
-        rows = _strip_padding(input_ids, kwargs.get("attention_mask"))
-        _check_streamer(streamer, rows)
+    def generate(
+        model: Any,
+        input_ids: Tensor,
+        generation_config: Any,
+        logits_processor: Any = (),
+        stopping_criteria: Any = (),
+        **kwargs: Any,
+    ) -> Any:
+        config, mask = generation_config, kwargs.get("attention_mask")
+        _refuse(config, kwargs)
+        rows = _strip_padding(input_ids, mask)
+        streamers = _streamers(streamer, len(rows))
+        processors = Processors(model, config, input_ids, mask, logits_processor)
+        shaping = [processors.row(i, row, _keeps(config)) for i, row in enumerate(rows)]
+        shared = _shared(config, stopping_criteria, input_ids.shape[1], stop_strings)
+        copies = config.num_return_sequences
         with Engine(model, tokenizer, drafter=drafter, **engine_options) as engine:
             for i, row in enumerate(rows):
-                params = _params(generation_config, len(row), input_ids.shape[1])
-                options = {**params, "stop_strings": stop_strings, "seed": seed + i}
-                engine.add_request(row, SamplingParams.build(**options))
-            outputs = _run(engine, streamer)
+                own = {"seed": seed + i // copies, "logits_processors": _given(shaping[i])}
+                params = SamplingParams.build(**shared, **own)
+                engine.add_request(row, params, sample=i % copies)
+            outputs = _run(engine, streamers)
             generate.stats = engine.stats  # type: ignore[attr-defined]
-        return _collect(input_ids, outputs, generation_config)
+        return _collect(input_ids, outputs, config, shaping)
 
     return generate
 
 
-def _run(engine: Engine, streamer: Any) -> list[RequestOutput]:
+def _shared(config: Any, criteria: Any, padded: int, stop_strings: Any) -> dict:
+    """Options that all rows have in common; lengths in ``config`` count the padded prompt."""
+    longest, ends, others = split_criteria(criteria)
+    most = (config.max_length if longest is None else longest) - padded
+    return {
+        "do_sample": bool(config.do_sample),
+        "max_new_tokens": most,
+        "eos_token_id": ends,
+        "stopping_criteria": others,
+        "stop_strings": stop_strings,
+        "n": config.num_return_sequences,
+    }
+
+
+def _given(shaping: RowProcessors) -> tuple[RowProcessors, ...]:
+    return (shaping,) if shaping else ()
+
+
+def _keeps(config: Any) -> bool:
+    wanted = config.output_scores or config.output_logits
+    return bool(config.return_dict_in_generate and wanted)
+
+
+def _run(engine: Engine, streamers: Sequence[Any]) -> list[RequestOutput]:
+    requests = list(engine.scheduler.waiting)
     outputs: list[RequestOutput] = []
-    shown = 0
+    shown = [0] * len(requests)
+    for streamer, request in zip(streamers, requests, strict=False):
+        streamer.put(torch.tensor([request.prompt]))
     while engine.has_unfinished():
-        live = [*engine.scheduler.running, *engine.scheduler.waiting]
         outputs += engine.step()
-        if streamer is not None:
-            new = live[0].output[shown:]
-            shown += len(new)
-            for token in new:
-                streamer.put(torch.tensor([token]))
-    if streamer is not None:
+        _show(streamers, requests, shown)
+    for streamer in streamers:
         streamer.end()
     return sorted(outputs, key=lambda o: o.index)
 
 
-def _params(config: Any, length: int, padded: int) -> dict:
-    """Sampling options of one row; lengths in ``config`` count the padded prompt."""
-    options = {k: v for k in _SAME_NAME if (v := getattr(config, k, None)) is not None}
-    least = getattr(config, "min_new_tokens", None) or max((config.min_length or 0) - padded, 0)
-    most = config.max_new_tokens or config.max_length - padded
-    return options | {
-        "max_new_tokens": most,
-        "min_new_tokens": min(least, most),
-        "eos_token_id": _as_list(config.eos_token_id),
-    }
+def _show(streamers: Sequence[Any], requests: Sequence[Request], shown: list[int]) -> None:
+    """Give each streamer its row's new tokens, one by one as ``generate`` does."""
+    for i, streamer in enumerate(streamers):
+        for token in requests[i].output[shown[i] :]:
+            streamer.put(torch.tensor([token]))
+            shown[i] += 1
 
 
 def _refuse(config: Any, kwargs: dict) -> None:
@@ -137,8 +141,8 @@ def _refuse(config: Any, kwargs: dict) -> None:
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         wrong.append("past_key_values (a filled cache)")
-    given = (*(kwargs.get("logits_processor") or ()), *(kwargs.get("stopping_criteria") or ()))
-    wrong += sorted({type(each).__name__ for each in given} - _KNOWN) if not wrong else []
+    if kwargs.get("inputs_embeds") is not None:
+        wrong.append("inputs_embeds")
     if wrong:
         raise ConfigurationError(
             f"retort.speculative does not handle {', '.join(wrong)}: remove it, or call generate "
@@ -153,27 +157,46 @@ def _strip_padding(input_ids: Tensor, attention_mask: Tensor | None) -> list[lis
     return [row[mask].tolist() for row, mask in zip(input_ids, keep, strict=True)]
 
 
-def _check_streamer(streamer: Any, rows: list) -> None:
-    if streamer is not None and len(rows) != 1:
-        raise ConfigurationError(f"a streamer takes a batch of one, not of {len(rows)}")
+def _streamers(given: Any, rows: int) -> list[Any]:
+    streamers = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    if streamers and len(streamers) != rows:
+        raise ConfigurationError(
+            f"{len(streamers)} streamer for a batch of {rows}: give a list of one for each row"
+        )
+    return streamers
 
 
-def _collect(input_ids: Any, outputs: list[RequestOutput], config: Any) -> Any:
-    pad = config.pad_token_id
-    if pad is None:
-        pad = next(iter(_as_list(config.eos_token_id)), 0)
-    width = max(len(o.token_ids) for o in outputs)
-    new = [o.token_ids + [pad] * (width - len(o.token_ids)) for o in outputs]
-    ids = torch.cat((input_ids, input_ids.new_tensor(new).reshape(len(new), width)), 1)
+def _collect(
+    input_ids: Any, outputs: list[RequestOutput], config: Any, shaping: Sequence[RowProcessors]
+) -> Any:
+    new = [o.token_ids for o in outputs]
+    width = max(map(len, new))
+    padded = [row + [_pad(config)] * (width - len(row)) for row in new]
+    ids = torch.cat((input_ids, input_ids.new_tensor(padded).reshape(len(new), width)), 1)
     if not config.return_dict_in_generate:
         return ids
     from transformers.generation import GenerateDecoderOnlyOutput
 
-    return GenerateDecoderOnlyOutput(sequences=ids)  # type: ignore[arg-type]
+    lengths = [len(row) for row in new]
+    scores = _steps([s.scores for s in shaping], lengths) if config.output_scores else None
+    logits = _steps([s.logits for s in shaping], lengths) if config.output_logits else None
+    return GenerateDecoderOnlyOutput(
+        sequences=ids,  # type: ignore[arg-type]
+        scores=scores,  # type: ignore[arg-type]
+        logits=logits,  # type: ignore[arg-type]
+    )
 
 
-def _as_list(ids: Any) -> list[int]:
-    if ids is None:
-        return []
-    flat = ids.tolist() if isinstance(ids, Tensor) else ids
-    return [flat] if isinstance(flat, int) else list(flat)
+def _steps(rows: Sequence[list[Tensor]], lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    """For each step ``[batch, vocab]``; what was computed beyond a row's end is not its own."""
+    empty = torch.zeros_like(next(row[0] for row in rows if row))
+    return tuple(
+        torch.stack([r[step] if step < n else empty for r, n in zip(rows, lengths, strict=True)])
+        for step in range(max(lengths))
+    )
+
+
+def _pad(config: Any) -> int:
+    given = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
+    first = torch.as_tensor([] if given is None else given).flatten().tolist()
+    return int(next(iter(first), 0))

@@ -28,7 +28,7 @@ def shape_scores(
 
     Args:
         logits: ``[vocab]``.
-        drafting: leave out processors of the caller that are not marked ``stateless``.
+        drafting: go through what the caller's processors have ``for_drafts`` instead of them.
     """
     scores = logits.to(torch.float64, copy=True)
     for token, bias in (params.logit_bias or {}).items():
@@ -38,8 +38,9 @@ def shape_scores(
     if len(output) < params.min_new_tokens:
         scores[list(eos)] = -torch.inf
     for process in params.logits_processors:
-        if not drafting or getattr(process, "stateless", False):
-            scores = process([*prompt, *output], scores)
+        chosen = getattr(process, "for_drafts", None) if drafting else process
+        if chosen is not None:
+            scores = chosen([*prompt, *output], scores)
     return truncate(scores / params.temperature, params) if params.do_sample else scores
 
 

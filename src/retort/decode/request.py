@@ -29,8 +29,8 @@ class SamplingParams:
         logit_bias: added to the logits of the given token ids.
         bad_words_ids: token sequences that are never generated.
         logits_processors: functions of (all tokens of the row, scores ``[vocab]``) that return new
-            scores; they are called once for each token, in order, before temperature. Drafts are
-            made without them unless they have an attribute ``stateless`` that is true.
+            scores; they are called once for each token, in order, before temperature. Drafts go
+            through their attribute ``for_drafts``, a function of the same kind, where they have it.
         stopping_criteria: functions of all tokens of the row, called after each token; the row
             ends where one returns True.
         eos_token_id: one id or several that end the row; None takes the model's.

@@ -35,6 +35,21 @@ def draw(scores: Tensor, key: Number, index: Number, stream: int = TOKEN) -> Ten
     return kept[torch.argmax(scores[..., kept] + gumbel(key, index, kept, stream), -1)]
 
 
+def judge(scores: Tensor, q: Tensor, draft: Tensor, key: Number, index: Number) -> Tensor:
+    """The tokens ``[...]`` that `rejection` puts in the places of drafts, themselves if accepted.
+
+    Args:
+        scores: the target's ``[..., vocab]``.
+        q: probabilities ``[..., vocab]`` that the drafts were drawn from.
+        draft: int64 ``[..., 1]``.
+    """
+    p, tokens = scores.softmax(-1), draft[..., 0]
+    accepted = accepts(p, q, draft, key, index)[..., 0]
+    if accepted.all():
+        return tokens
+    return torch.where(accepted, tokens, resample(p, q, key, index))
+
+
 def accepts(p: Tensor, q: Tensor, draft: Tensor, key: Number, index: Number) -> Tensor:
     """Whether drafts are accepted, with probability min(1, p/q).
 

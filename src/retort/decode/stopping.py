@@ -85,17 +85,25 @@ def extend(request: Request, tokens: list[int]) -> list[int]:
             break
         request.tokens.append(token)
         taken.append(token)
-        if _ends(request, token):
-            request.finish_reason = "stop"
+        if _guarded(request, token):
             break
     if request.finish_reason is None and request.room <= 0:
         request.finish_reason = "length"
     return taken
 
 
+def _guarded(request: Request, token: int) -> bool:
+    """Whether the row ends here; a fault in its own criteria ends that row alone."""
+    try:
+        if _ends(request, token):
+            request.finish_reason = "stop"
+    except Exception as error:
+        request.finish_reason, request.error = "error", f"{type(error).__name__}: {error}"
+    return request.finish_reason is not None
+
+
 def _ends(request: Request, token: int) -> bool:
+    stopped = request.text is not None and request.text.push(token)
     if token in request.eos and not request.params.ignore_eos:
-        if request.text is not None:
-            request.text.push(token)
         return True
-    return request.text is not None and request.text.push(token)
+    return stopped or any(c(request.tokens) for c in request.params.stopping_criteria)

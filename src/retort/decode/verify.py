@@ -16,7 +16,7 @@ from torch import Tensor
 from retort.decode.draft import Draft, row_key
 from retort.decode.processors import is_plain, shape_scores
 from retort.decode.request import Request
-from retort.decode.sampling import accepts, draw, one_hot, resample
+from retort.decode.sampling import draw, judge, one_hot
 from retort.decode.scoring import entries
 
 RULES = ("coupled", "rejection")
@@ -81,12 +81,9 @@ def _token(
         return int(torch.argmax(scores))
     if rule == "coupled" or place == len(draft):
         return int(draw(scores, row_key(request), index))
-    p, key = scores.softmax(-1), row_key(request)
-    guess = torch.tensor([draft.tokens[place]], device=p.device)
-    q = one_hot(guess, p) if draft.probs is None else draft.probs[place].to(p)
-    if accepts(p, q, guess, key, index):
-        return int(guess)
-    return int(resample(p, q, key, index))
+    guess = torch.tensor([draft.tokens[place]], device=scores.device)
+    q = one_hot(guess, scores) if draft.probs is None else draft.probs[place].to(scores)
+    return int(judge(scores, q, guess, row_key(request), index))
 
 
 def _record_logprobs(request: Request, logits: Tensor, tokens: list[int]) -> None:

@@ -1,0 +1,85 @@
+"""What passes cost: kept on disk, trusted only while sound; budgets that need no clock."""
+
+import json
+import os
+
+import pytest
+
+from retort.decode import profile
+from retort.decode.budget import AutoBudget, Candidate, CountBudget, StepCost, build_budget
+from retort.decode.engine import Engine
+from retort.decode.packed import PackedModel
+from tests.decode.toys import prompts, toy
+
+GOOD = {n: 0.01 * n for n in (1, 4, 8, 12, 16, 24, 32, 64)}
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    monkeypatch.setenv("RETORT_CACHE", str(tmp_path))
+    packed = PackedModel(toy())
+    yield packed
+    packed.close()
+
+
+def test_a_profile_is_measured_once_and_then_read(target, monkeypatch):
+    calls = []
+    monkeypatch.setattr(profile, "measure", lambda t: calls.append(t) or dict(GOOD))
+    monkeypatch.setattr(profile, "_WORTH_KEEPING", -1.0)
+    assert profile.pass_profile(target) == profile.pass_profile(target) == GOOD
+    assert calls == [target]
+
+
+def test_measuring_counts_no_pass_and_leaves_no_row(target):
+    measured = profile.measure(target, repeats=1)
+    assert set(measured) == set(GOOD) and min(measured.values()) > 0
+    assert target.forward_passes == target.forward_tokens == 0 and target.cache.rows == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", json.dumps({"1": 0.1}), json.dumps({str(n): -1 for n in GOOD})],
+)
+def test_a_broken_profile_is_ignored(target, text):
+    path = profile.profile_path(target)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert profile.load(path) is None
+    profile.save(path, GOOD)
+    assert profile.load(path) == GOOD
+    os.utime(path, (0, 0))
+    assert profile.load(path) is None
+
+
+def test_a_profile_belongs_to_model_backend_and_threads(target, monkeypatch):
+    paths = {profile.profile_path(target)}
+    other = PackedModel(toy(num_hidden_layers=1))
+    paths.add(profile.profile_path(other))
+    other.close()
+    monkeypatch.setattr("torch.get_num_threads", lambda: 77)
+    paths.add(profile.profile_path(target))
+    assert len(paths) == 3
+
+
+def test_counts_give_the_same_drafts_whatever_the_clock_says():
+    steps = []
+    for _ in range(2):
+        with Engine(toy(), drafter="prompt-lookup", draft_budget="counts") as engine:
+            engine.budget.time_step(3, 99.0 * len(steps))
+            engine.generate(prompts(), max_new_tokens=20)
+            stats = engine.stats
+            steps.append((stats.steps, stats.draft_tokens, stats.accepted_per_position))
+    assert steps[0] == steps[1] and steps[0][1] > 0
+    assert isinstance(build_budget("counts"), CountBudget)
+
+
+def test_acceptance_belongs_to_row_and_drafter_and_new_rows_start_from_the_drafters():
+    budget = AutoBudget(cost=StepCost({1: 1.0, 4: 1.0, 64: 9.0}))
+    for _ in range(60):
+        budget.observe("a", "good", 4, 4)
+        budget.observe("a", "bad", 4, 0)
+    new = [Candidate("b", name, 7) for name in ("good", "bad")]
+    good, bad = budget.allocate(new)
+    assert good > bad == 0
+    budget.release("a")
+    assert not budget.acceptance and budget.priors["good"] > 0.8 > budget.priors["bad"]
