@@ -20,7 +20,7 @@ MODEL = "smollm2-135m-instruct"
         (["-i", "no-such.jsonl"], "cannot read no-such.jsonl"),
         (["-p", "x", "-o", "no/such/folder/out.jsonl"], "it must be a file in a folder"),
         (["-p", "x", "-o", "."], "it must be a file in a folder"),
-        (["-p", "x", "--draft-budget", "-1"], "neither auto nor a number"),
+        (["-p", "x", "--draft-budget", "-1"], "none of auto, counts and a whole number"),
     ],
 )
 def test_refused_before_the_model_is_loaded(capsys, monkeypatch, arguments, message):

@@ -1,8 +1,12 @@
 """Drafters, budget, stopping: each alone."""
 
+import math
+
 import pytest
 
-from retort.decode.budget import AutoBudget, Candidate, FixedBudget, StepCost, build_budget
+from retort.decode.acceptance import Acceptance
+from retort.decode.budget import AutoBudget, Candidate, FixedBudget, build_budget
+from retort.decode.cost import StepCost
 from retort.decode.draft import DraftContext
 from retort.decode.drafter import PromptLookupDrafter
 from retort.decode.request import Request, SamplingParams
@@ -33,25 +37,30 @@ def test_prompt_lookup_finds_the_longest_and_most_recent_match():
         tokens = [rng.randrange(4) for _ in range(6)]
         for _ in range(40):
             got = drafter.propose([DraftContext(str(row), tokens, 5)])[0]
-            assert got == _naive_lookup(tokens, (4, 3, 2), 5)
+            assert got.tokens == _naive_lookup(tokens, (4, 3, 2), 5)
+            assert got.match >= 2 * bool(got.tokens)
             tokens = tokens + [rng.randrange(4) for _ in range(rng.randrange(1, 4))]
 
 
 def test_prompt_lookup_notices_that_a_row_was_rewound():
     drafter = PromptLookupDrafter()
     drafter.propose([DraftContext("a", [1, 2, 3, 4, 1, 2, 9, 9, 9, 9], 4)])
-    assert drafter.propose([DraftContext("a", [1, 2, 3, 4, 1, 2], 2)])[0] == [3, 4]
+    assert drafter.propose([DraftContext("a", [1, 2, 3, 4, 1, 2], 2)])[0].tokens == [3, 4]
 
 
-def _budget(flat_until, slope, **options):
+def _budget(flat_until, slope, prior=0.5, **options):
     cost = StepCost({n: 1.0 + slope * max(0, n - flat_until) for n in (1, 4, 8, 16, 32, 64, 128)})
-    return AutoBudget(cost=cost, **options)
+    return AutoBudget(
+        cost=cost,
+        acceptance=Acceptance(levels={("d", 0): math.log(prior / (1 - prior))}),
+        **options,
+    )
 
 
-def _give(budget, rows, wanted, passes=False):
+def _give(budget, rows, wanted, passes=False, match=0):
     """Lengths of rows that share one drafter."""
     pairs = zip(rows, wanted, strict=True)
-    return budget.allocate([Candidate(row, "d", want, passes) for row, want in pairs])
+    return budget.allocate([Candidate(row, "d", want, passes, match) for row, want in pairs])
 
 
 def test_the_budget_drafts_while_passes_are_flat_and_stops_at_the_knee():
@@ -73,8 +82,8 @@ def test_rows_that_accept_more_get_more_and_hopeless_rows_get_none():
 
 
 def test_a_slow_drafter_is_not_asked():
-    budget = _budget(64, 1.0, prior=0.5)
-    budget.time_draft("d", 1, 5.0)
+    budget = _budget(64, 1.0)
+    budget.time_draft("d", 5.0)
     assert _give(budget, ["a"], [7], True) == [0]
     assert _give(budget, ["a"], [7]) != [0]
 
@@ -86,6 +95,52 @@ def test_a_failed_row_is_tried_again_in_the_end():
     first = _give(budget, ["a"], [4])
     later = [_give(budget, ["a"], [4]) for _ in range(2000)]
     assert first == [0] and any(any(x) for x in later)
+
+
+def test_a_row_that_prolongs_a_longer_match_drafts_more():
+    short, long = (_give(_budget(2, 0.3), ["a"], [7], match=m)[0] for m in (2, 8))
+    assert long > short
+
+
+def test_matches_learn_apart():
+    learnt = Acceptance()
+    for _ in range(40):
+        learnt.observe("a", "d", 8, 3, 3)
+        learnt.observe("a", "d", 2, 1, 0)
+    learnt.release("a")
+    assert learnt.chance("b", "d", 8, 0) > 0.9 and learnt.chance("b", "d", 2, 0) < 0.5
+    assert learnt.chance("b", "d", 7, 1) == learnt.chance("b", "d", 8, 0)
+
+
+@pytest.mark.parametrize("passes", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_a_hopeless_drafter_loses_little_of_the_time_after_its_first_steps(rows, passes):
+    """The clock of a machine on which a verified token costs what a decoded one does."""
+    budget, names = _budget(rows, 0.25 / rows), [str(i) for i in range(rows)]
+    budget.time_draft("d", 0.1 / rows)
+    total = 0.0
+    for step in range(4000):
+        lengths = _give(budget, names, [7] * rows, passes, match=0 if passes else 2)
+        extra = 0.25 * sum(lengths) / rows + 0.1 / rows * max(lengths) * passes
+        for name, n in zip(names, lengths, strict=True):
+            if n:
+                budget.observe(name, "d", n, 0, 0 if passes else 2)
+        total += extra if step >= 200 else 0.0
+    assert 0 < total < 0.025 * 3800
+
+
+def test_only_one_row_of_a_model_drafter_tries_again():
+    """Each row that tries again reads all that it missed."""
+    budget, names = _budget(4, 0.05), list("abcd")
+    for name in names * 20:
+        budget.observe(name, "d", 2, 0)
+    tried = set()
+    for _ in range(4000):
+        lengths = _give(budget, names, [4] * 4, passes=True)
+        tried |= {name for name, n in zip(names, lengths, strict=True) if n}
+        for name in tried:
+            budget.observe(name, "d", 1, 0)
+    assert len(tried) == 1
 
 
 def test_step_cost_interpolates_and_follows_drift():

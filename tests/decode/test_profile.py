@@ -6,7 +6,8 @@ import os
 import pytest
 
 from retort.decode import profile
-from retort.decode.budget import AutoBudget, Candidate, CountBudget, StepCost, build_budget
+from retort.decode.budget import AutoBudget, Candidate, CountBudget, build_budget
+from retort.decode.cost import StepCost
 from retort.decode.engine import Engine
 from retort.decode.packed import PackedModel
 from tests.decode.toys import prompts, toy
@@ -82,4 +83,13 @@ def test_acceptance_belongs_to_row_and_drafter_and_new_rows_start_from_the_draft
     good, bad = budget.allocate(new)
     assert good > bad == 0
     budget.release("a")
-    assert not budget.acceptance and budget.priors["good"] > 0.8 > budget.priors["bad"]
+    learnt = budget.acceptance
+    assert not learnt.rows
+    assert learnt.chance("b", "good", 0, 0) > 0.8 > 0.2 > learnt.chance("b", "bad", 0, 0)
+
+
+def test_a_measured_profile_never_falls_with_more_tokens(target, monkeypatch):
+    times = iter([0.5, 0.9, 0.1, 0.3, 0.2, 0.4, 0.6, 0.5, 0.7] * 9)
+    monkeypatch.setattr(profile, "_seconds", lambda *_: next(times))
+    seconds = list(profile.measure(target, repeats=1).values())
+    assert seconds == sorted(seconds) and seconds[0] == 0.1

@@ -194,9 +194,11 @@ def check_engine(target, other, cell, options):
     assert accepted > 0
 
 
-@pytest.mark.parametrize(("place", "options"), enumerate(SHAPES), ids=str)
-def test_the_engine_draws_from_the_exact_joint_law(target, other, place, options):
-    check_engine(target, other, CELLS[place % len(CELLS)], options)
+@pytest.mark.parametrize(
+    ("cell", "options"), zip(CELLS, SHAPES[:2] + SHAPES[-2:], strict=True), ids=str
+)
+def test_the_engine_draws_from_the_exact_joint_law(target, other, cell, options):
+    check_engine(target, other, cell, options)
 
 
 @pytest.mark.slow

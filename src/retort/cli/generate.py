@@ -44,7 +44,7 @@ def generate(
         str | None, typer.Option(help="prompt-lookup, or a model's name or folder.")
     ] = None,
     draft_budget: Annotated[
-        str, typer.Option(help="auto, or a fixed number of draft tokens a row.")
+        str, typer.Option(help="auto, counts (auto without a clock), or draft tokens a row.")
     ] = "auto",
     max_batch_size: Annotated[int, typer.Option(min=1, help="Rows that decode at once.")] = 16,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
@@ -87,15 +87,17 @@ def generate(
 
 
 def parse_budget(text: str) -> str | int:
-    """``auto`` or a whole number of at least 0.
+    """``auto``, ``counts`` or a whole number of at least 0.
 
     Raises:
         ConfigurationError: anything else.
     """
-    if text == "auto":
+    if text in ("auto", "counts"):
         return text
     if not text.isdecimal():
-        raise ConfigurationError(f"--draft-budget {text!r} is neither auto nor a number")
+        raise ConfigurationError(
+            f"--draft-budget {text!r} is none of auto, counts and a whole number"
+        )
     return int(text)
 
 

@@ -26,7 +26,7 @@ def serve(
         str | None, typer.Option(help="prompt-lookup, or a model's name or folder.")
     ] = None,
     draft_budget: Annotated[
-        str, typer.Option(help="auto, or a fixed number of draft tokens a row.")
+        str, typer.Option(help="auto, counts (auto without a clock), or draft tokens a row.")
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address; others reach it only if you say so.")] = (
         "127.0.0.1"

@@ -52,10 +52,13 @@ class Draft:
         tokens: the next tokens of the row.
         probs: q, ``[len(tokens), vocab]``: the very distributions that the tokens were drawn from.
             None where they were given and not drawn (prompt lookup): q is one-hot.
+        match: how many tokens at the row's end a copied draft prolongs; 0 where none was copied.
+            The budget gives longer drafts to longer matches.
     """
 
     tokens: list[int] = field(default_factory=list)
     probs: Tensor | None = None
+    match: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,7 +66,7 @@ class Draft:
     def cut(self, length: int) -> Draft:
         """Its first ``length`` tokens."""
         probs = None if self.probs is None else self.probs[:length]
-        return Draft(self.tokens[:length], probs)
+        return Draft(self.tokens[:length], probs, self.match)
 
 
 def as_draft(proposed: Draft | Sequence[int]) -> Draft:

@@ -76,9 +76,10 @@ class Drafting:
         drafts |= self._ask(rows, lengths, passes=True)
         return [drafts[row.id].cut(lengths[row.id]) for row in rows]
 
-    def observe(self, request: Request, drafted: int, accepted: int) -> None:
+    def observe(self, request: Request, draft: Draft, accepted: int) -> None:
         """A draft of the request was verified."""
-        self.budget.observe(request.id, request.drafter or "", drafted, accepted)
+        name = request.drafter or ""
+        self.budget.observe(request.id, name, len(draft), accepted, draft.match)
 
     def forget(self, request_id: str) -> None:
         """Drop what drafters keep for a request; they begin again when they are asked again."""
@@ -117,7 +118,8 @@ class Drafting:
         for row in rows:
             passes = row.drafter is not None and self._drafters[row.drafter].passes
             wanted = most[row.id] if passes else len(drafts[row.id])
-            candidates.append(Candidate(row.id, row.drafter or "", wanted, passes))
+            match = 0 if passes else drafts[row.id].match
+            candidates.append(Candidate(row.id, row.drafter or "", wanted, passes, match))
         lengths = self.budget.allocate(candidates)
         return {c.row: min(n, c.wanted) for c, n in zip(candidates, lengths, strict=True)}
 
@@ -150,7 +152,10 @@ class Drafting:
             return {row.id: Draft() for row in rows}
         depth = max(c.limit for c in contexts)
         if drafter.passes and depth:
-            self.budget.time_draft(name, depth, time.perf_counter() - started)
+            whole = (time.perf_counter() - started) / depth
+            seconds = getattr(drafter, "pass_seconds", whole)
+            if seconds is not None:
+                self.budget.time_draft(name, seconds)
         return fit
 
     def _fit(self, context: DraftContext, draft: Draft) -> Draft:

@@ -359,7 +359,7 @@ class Engine:
         del request.logprobs[len(request.output) :]
         request.stats.steps += 1
         if draft.tokens:
-            self._record_draft(request, len(draft), max(len(tokens) - 1, 0))
+            self._record_draft(request, draft, max(len(tokens) - 1, 0))
         self._rewind_row(request, len(request.tokens) - 1)
         self.stats.generated_tokens += len(taken)
 
@@ -464,7 +464,7 @@ class Engine:
         self._pace.observe(len(plan.decodes), sum(len(p.tokens) for p in plan.prefills), seconds)
         self.stats.record_step(seconds, len(plan.decodes), new, prompts=bool(plan.prefills))
 
-    def _record_draft(self, request: Request, length: int, accepted: int) -> None:
-        request.stats.record_draft(length, accepted)
-        self.stats.record_draft(length, accepted)
-        self.drafting.observe(request, length, accepted)
+    def _record_draft(self, request: Request, draft: Draft, accepted: int) -> None:
+        request.stats.record_draft(len(draft), accepted)
+        self.stats.record_draft(len(draft), accepted)
+        self.drafting.observe(request, draft, accepted)

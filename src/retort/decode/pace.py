@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from retort.decode.budget import StepCost
+from retort.decode.cost import StepCost
 from retort.errors import ConfigurationError
 
 _LEAST = 8  # a prompt is read, however slow its tokens are
