@@ -77,6 +77,7 @@ def configuration(cell: Cell, settings: Settings, places: Places) -> DistillConf
         disable_tqdm=True,
         report_to="none",
         **models(cell, settings, places),
+        **followed(cell, places),
         **cell.overrides,
     )
     config.max_steps = steps(config, budget(cell, settings), places)
@@ -103,6 +104,19 @@ def models(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
     return {
         "model_name_or_path": str(places.model(start.name)),
         "teacher_model_name_or_path": teacher,
+    }
+
+
+def followed(cell: Cell, places: Places) -> dict[str, Any]:
+    """DistiLLM's scheduler follows the loss on the validation file."""
+    if cell.method != "distillm":
+        return {}
+    return {
+        "eval_dataset_name": str(places.data / "dolly_valid.jsonl"),
+        "max_eval_rows": 16,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "per_device_eval_batch_size": 8,
     }
 
 

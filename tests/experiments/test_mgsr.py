@@ -98,6 +98,22 @@ def test_cells_chain_and_tuning_chooses_the_rate(experiment, toy):
     assert "| mgsr | 1 |" in table and "| teacher | 1 |" in table
 
 
+def test_every_cell_is_a_configuration_that_holds(experiment, toy):
+    """A preset or override that contradicts another one is found here, not after hours."""
+    from dataclasses import replace
+
+    import training
+
+    settings = replace(toy[0], tuning_tokens=0)
+    toy[1].work.mkdir()
+    for name in ("teacher-sft-seed0", "base-sft-seed0", "retnet-base-kd-seed0"):
+        toy[1].model(name).symlink_to(settings.model)
+    for each in experiment["cells"].plan():
+        chosen = toy[0] if each.stage == "tune" else settings
+        config = training.configuration(each, chosen, toy[1])
+        assert config.method == each.method and config.max_steps > 0
+
+
 def test_a_killed_cell_goes_on_and_a_finished_one_is_left(experiment, toy, monkeypatch):
     settings, places = toy
     run, teacher = experiment["run"], cell(experiment, "teacher-sft-seed0")
