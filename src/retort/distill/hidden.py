@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retort.distill.sharding import gather_own
 from retort.distill.signals import Head
 
 
@@ -35,6 +36,7 @@ class HeadlessModel:
             return call(**inputs).logits
         with _watched(self.module, narrow=True) as seen:
             call(**inputs)
+        gather_own(call)
         return seen[0]
 
 

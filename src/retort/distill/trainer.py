@@ -35,6 +35,7 @@ from retort.distill.saving import WholeCheckpointTrainer
 from retort.distill.sequences.sources import Sources, source_shares
 from retort.distill.sequences.teacher_text import TeacherTexts
 from retort.distill.sequences.writers import StudentWriter, Writing, WritingSettings
+from retort.distill.sharding import RolloutCopy
 from retort.distill.teachers import has_adapter, load_teacher
 from retort.errors import ConfigurationError, RetortError
 
@@ -55,6 +56,8 @@ class DistillTrainer(WholeCheckpointTrainer):
     Raises:
         ConfigurationError: the method needs a teacher and there is none; rows that do not fit.
     """
+
+    rollout_copy: RolloutCopy | None = None
 
     def __init__(
         self,
@@ -112,6 +115,9 @@ class DistillTrainer(WholeCheckpointTrainer):
         config, recipe = self.config, self.recipe
         teacher = None if self.teacher is None else self.teacher.model
         student = self._bare_student()
+        if self.is_fsdp_enabled and recipe.writes:
+            self.rollout_copy = RolloutCopy(student, config.device)
+            student = self.rollout_copy.model
         writer = StudentWriter(student, teacher, self._writing()) if recipe.writes else None
         texts = self._teacher_texts(student, teacher) if recipe.completions == "teacher" else None
         share = self._gathered
@@ -209,6 +215,8 @@ class DistillTrainer(WholeCheckpointTrainer):
 
     def _sequences(self, window: list[list[Example]]) -> list[list[TrainingSequence]]:
         started, step = perf_counter(), self.state.global_step
+        if self.rollout_copy is not None:
+            self.rollout_copy.refresh(self._bare_student())
         revise = self.recipe.scrg and step >= self.config.scrg_start(self.state.max_steps)
         progress = step / max(self.state.max_steps, 1)
         sequences, writing = self.sources.draw(window, step, revise, progress)
