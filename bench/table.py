@@ -1,4 +1,4 @@
-"""Results of bench/decode.py as Markdown tables.
+"""Results of `retort bench decode` as Markdown tables.
 
 python bench/table.py results/decode-*.json
 """
@@ -20,16 +20,23 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     for file in parser.parse_args().files:
         data = json.loads(file.read_text("utf-8"))
-        print(f"\n{title(data['provenance'], data['results'])}\n\n{HEAD}")
-        for row in data["results"]:
-            print(line(row))
+        for category in dict.fromkeys(category_of(data, row) for row in data["results"]):
+            rows = [row for row in data["results"] if category_of(data, row) == category]
+            print(f"\n{title(data['provenance'], category, rows)}\n\n{HEAD}")
+            for row in rows:
+                print(line(row))
 
 
-def title(record: dict, results: list[dict]) -> str:
+def category_of(data: dict, row: dict) -> str:
+    """Older files have one category, in their arguments."""
+    return row.get("category") or data["provenance"]["arguments"]["category"] or "all"
+
+
+def title(record: dict, category: str, results: list[dict]) -> str:
     told, machine = record["arguments"], record["platform"]
     rates = sorted({round(row["bandwidth"]) for row in results})
     return (
-        f"`{told['category'] or 'all'}` prompts of at most {told['prompt_tokens']} tokens, "
+        f"`{category}` prompts of at most {told['prompt_tokens']} tokens, "
         f"{told['max_new_tokens']} new, median of {told['repeats']} interleaved repeats; "
         f"{machine.get('processor')}, {told['threads']} threads, read bandwidth "
         f"{rates[0]}–{rates[-1]} GB/s; torch {record['versions']['torch']}, "

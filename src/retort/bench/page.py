@@ -29,22 +29,26 @@ def page(title: str, summary: Summary, samples: Sequence[Sample]) -> str:
     gaps = [1000 * gap for s in samples for gap in s.gaps]
     firsts = [1000 * s.first for s in samples if s.first is not None]
     failed = [f"{s.sent:.1f} s: {s.error}" for s in samples if s.error is not None]
-    body = element(
-        "main",
-        element("h1", title),
+    parts = [
         table(("what", "value"), rows(summary), "Open-loop load, as the clients saw it"),
         _histogram("ttft", "Time to first token", firsts),
         _histogram("itl", "Time between the pieces of a stream", gaps),
         [element("h2", "Errors"), element("ul", [element("li", e) for e in failed])]
         if failed
         else None,
-    )
+    ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[Markup | list[Markup] | None]) -> str:
+    """A page of the benchmarks' style, as text."""
     head = element(
         "head",
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width">'),
         element("title", title),
         Markup(f"<style>{_STYLE}</style>"),
     )
+    body = element("main", element("h1", title), parts)
     return Markup("<!doctype html>\n") + element("html", head, element("body", body), lang="en")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +11,13 @@ import typer
 from retort.cli.output import print_json, print_table, say
 from retort.errors import ConfigurationError, RetortError
 
-
 _HELP = """Measure a running server, or decoding.
 
 Examples:
 
     retort bench serve --prompts spec_bench.jsonl --request-rate 2
+
+    retort bench decode --prompts spec_bench.jsonl --batch-sizes 1 4 8
 """
 
 
@@ -26,7 +25,9 @@ def add_to(app: typer.Typer) -> None:
     """Add the verbs of this file."""
     bench = typer.Typer(help=_HELP, no_args_is_help=True)
     bench.command("serve")(serve)
-    bench.command("decode", context_settings={"ignore_unknown_options": True})(decode)
+    bench.command(
+        "decode", context_settings={"ignore_unknown_options": True, "help_option_names": []}
+    )(decode)
     app.add_typer(bench, name="bench")
 
 
@@ -113,22 +114,17 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 def decode(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(help="Arguments of bench/decode.py; see its --help.")
-    ] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="See --help.")] = None,
 ) -> None:
-    """Measure decoding: runs bench/decode.py of a source checkout.
+    """Measure decoding: arms in turns, equality with plain decoding, JSON, a page and lines.
 
     Examples:
 
-        retort bench decode --prompts spec_bench.jsonl --batch-sizes 1 4 8
+        retort bench decode --prompts spec_bench.jsonl --category summarization --batch-sizes 1 4
     """
-    script = Path(__file__).resolve().parents[3] / "bench" / "decode.py"
-    if not script.is_file():
-        raise ConfigurationError(
-            "bench decode runs bench/decode.py, which comes with the source tree and not with the "
-            "wheel: clone the repository and install it from there"
-        )
-    sys.argv = [str(script), *(arguments or [])]
-    sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+    from retort.bench.decode_options import parser
+
+    options = parser().parse_args(arguments or [])
+    from retort.bench.decode import run
+
+    run(options)

@@ -1,6 +1,6 @@
-"""OpenVINO GenAI's continuous batching, as an arm of bench/decode.py in a Python of its own.
+"""OpenVINO GenAI's continuous batching as an arm of ``retort bench decode``, in its own Python.
 
-    python bench/peers/openvino_genai_decode.py MODEL_DIR THREADS plain|lookup
+    python openvino_genai_decode.py MODEL_DIR THREADS plain|lookup
 
 Reads a line ``{"prompts": [[ids]], "max_new_tokens": n}`` and answers a line with token ids and
 times, until its input ends. The model comes from ``optimum-cli export openvino -m MODEL --task
@@ -11,13 +11,15 @@ call for one token.
 import json
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
 
 
-def main():
+def main() -> None:
+    """Answer requests until the input ends."""
     folder, threads, mode = sys.argv[1:]
     pipe, config = pipeline(folder, int(threads), mode == "lookup")
     print(json.dumps({"openvino_genai": genai.__version__}), flush=True)
@@ -26,7 +28,8 @@ def main():
         print(json.dumps(measure(pipe, config, **request)), flush=True)
 
 
-def pipeline(folder, threads, lookup):
+def pipeline(folder: str, threads: int, lookup: bool) -> tuple[Any, Any]:
+    """The pipeline in float32, and how it generates."""
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = 2
     scheduler.enable_prefix_caching = False
@@ -43,7 +46,10 @@ def pipeline(folder, threads, lookup):
     return genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", options), config
 
 
-def measure(pipe, config, prompts, max_new_tokens):
+def measure(
+    pipe: Any, config: Any, prompts: list[list[int]], max_new_tokens: int
+) -> dict[str, Any]:
+    """What `retort.evaluate.decoding.Measurement` wants to know."""
     first = run(pipe, config, prompts, 1)[1]
     ids, total = run(pipe, config, prompts, max_new_tokens)
     tokens = sum(map(len, ids)) - len(ids)
@@ -55,7 +61,10 @@ def measure(pipe, config, prompts, max_new_tokens):
     }
 
 
-def run(pipe, config, prompts, new):
+def run(
+    pipe: Any, config: Any, prompts: list[list[int]], new: int
+) -> tuple[list[list[int]], float]:
+    """Token ids and seconds of one call."""
     config.max_new_tokens = new
     inputs = [ov.Tensor(np.array([row], dtype=np.int64)) for row in prompts]
     started = time.perf_counter()

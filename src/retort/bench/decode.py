@@ -1,0 +1,126 @@
+"""Decoding speed: greedy, padded, unpadded, with prompt lookup, beside transformers and OpenVINO.
+
+    retort bench decode --prompts spec_bench.jsonl --category summarization --batch-sizes 1 4 8
+
+Writes a JSON file with machine, versions and memory bandwidth after every batch size, an HTML page
+beside it, and prints a line an arm. ``--openvino`` names the Python of an environment with
+openvino-genai, ``--openvino-model`` the exported model (see `retort.bench.peers`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from retort.bench.arms import ARMS, ENGINES, build_engine, openvino_arm, transformers_arm
+from retort.bench.decode_page import page
+from retort.errors import ConfigurationError
+from retort.evaluate.decoding import Arm, ArmResult, compare, engine_arm
+from retort.models import zoo
+from retort.provenance import Provenance, write_json, write_text
+
+Prompts = list[list[int]]
+
+
+def run(options: Namespace) -> None:
+    """Measure all arms and write the results.
+
+    Args:
+        options: see `retort.bench.decode_options`.
+
+    Raises:
+        ConfigurationError: an arm that does not exist, or a file without fitting prompts.
+    """
+    options.threads = options.threads or torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    tokenizer = zoo.load_tokenizer(options.model)
+    sets = {c: _prompts(options, tokenizer, c) for c in options.category or [None]}
+    record = Provenance.collect(vars(options)).to_dict()
+    results: list[dict[str, Any]] = []
+    for row in _rows(_arms(options), sets, options):
+        results.append(row)
+        write_json(options.output, {"provenance": record, "results": results})
+    write_text(options.output.with_suffix(".html"), page(results))
+
+
+def _arms(options: Namespace) -> dict[str, Arm]:
+    unknown = sorted(set(options.arms) - set(ARMS))
+    if unknown:
+        raise ConfigurationError(f"--arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
+    load = partial(zoo.load_model, options.model, dtype="float32")
+    size = max(options.batch_sizes)
+    arms = {
+        name: engine_arm(build_engine(load(), name, size))
+        if name in ENGINES
+        else transformers_arm(load(), name)
+        for name in options.arms
+    }
+    if options.openvino:
+        peer = partial(openvino_arm, options.openvino, options.openvino_model, options.threads)
+        arms |= {f"openvino {mode}": peer(mode) for mode in ("plain", "lookup")}
+    return arms
+
+
+def _rows(
+    arms: dict[str, Arm], sets: dict[str | None, Prompts], options: Namespace
+) -> Iterator[dict[str, Any]]:
+    for category, prompts in sets.items():
+        for size in options.batch_sizes:
+            probe = bandwidth()
+            print(f"{category or 'all'}, batch {size}, {probe:.0f} GB/s", file=sys.stderr)
+            told = {"category": category, "bandwidth": probe}
+            for result in compare(arms, prompts[:size], options.max_new_tokens, options.repeats):
+                print(_line(result), flush=True)
+                yield result.as_dict() | told
+
+
+def _prompts(options: Namespace, tokenizer: Any, category: str | None) -> Prompts:
+    lines = options.prompts.read_text("utf-8").splitlines()
+    rows = [json.loads(text) for text in lines]
+    chosen = [r for r in rows if category in (None, r.get("category"))]
+    if not chosen:
+        known = sorted({str(r.get("category")) for r in rows})
+        raise ConfigurationError(
+            f"{options.prompts} has no prompts of category {category!r}; it has {', '.join(known)}"
+        )
+    count = max(options.batch_sizes)
+    return [_chat(tokenizer, row["prompt"], options.prompt_tokens) for row in chosen[:count]]
+
+
+def _chat(tokenizer: Any, text: str, limit: int) -> list[int]:
+    """Through the chat template; a text that is too long loses its end."""
+    room = limit - len(_template(tokenizer, ""))
+    return _template(tokenizer, tokenizer.decode(tokenizer(text).input_ids[:room]))
+
+
+def _template(tokenizer: Any, text: str) -> list[int]:
+    message = [{"role": "user", "content": text}]
+    made = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    return list(made["input_ids"])
+
+
+def bandwidth(megabytes: int = 512) -> float:
+    """GB/s of reading memory once, best of three."""
+    data = torch.ones(megabytes * 2**18)
+    best = 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        data.sum()
+        best = max(best, data.nbytes / (time.perf_counter() - started) / 1e9)
+    return best
+
+
+def _line(result: ArmResult) -> str:
+    return (
+        f"{result.batch_size:3} {result.arm:22} {result.tokens_per_second:7.1f} tokens/s "
+        f"{result.tokens_per_step:5.2f} a step  ratio {result.ratio:.2f} "
+        f"[{result.ratio_low:.2f}, {result.ratio_high:.2f}]  padding {result.padding_share:4.0%}  "
+        f"accepted {result.accepted_tokens}/{result.draft_tokens}  equal {result.equal_to_plain}"
+    )

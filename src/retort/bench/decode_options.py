@@ -1,0 +1,26 @@
+"""Arguments of ``retort bench decode``; light, so that its help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="retort bench decode", description="Decoding speed of many arms, in turns."
+    )
+    add = made.add_argument
+    add("--prompts", required=True, type=Path, help="JSONL with `prompt`, `category`")
+    add("--category", nargs="+", help="use the prompts of these categories, one after the other")
+    add("--model", default="smollm2-135m-instruct", help="zoo name, hub id or folder")
+    add("--arms", nargs="+", default=["plain", "auto"], metavar="ARM", help="see docs/speed.md")
+    add("--batch-sizes", nargs="+", type=int, default=[1, 4, 8, 16])
+    add("--prompt-tokens", type=int, default=400, help="longest prompt")
+    add("--max-new-tokens", type=int, default=128)
+    add("--repeats", type=int, default=5, help="interleaved rounds")
+    add("--threads", type=int, help="default: all that torch takes")
+    add("--openvino", help="Python of an environment with openvino-genai")
+    add("--openvino-model", help="the model, exported")
+    add("--output", type=Path, default=Path("bench-decode.json"))
+    return made

@@ -1,0 +1,58 @@
+"""``retort bench decode`` on a tiny model: arms in turns, equal outputs, JSON and page."""
+
+import json
+
+import pytest
+
+from retort import cli
+from retort.bench import arms
+from retort.decode.draft import DraftContext
+from tests.serve import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("bench") / "tiny")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    texts = [("long", "one two three one two three one two"), ("long", "a b"), ("short", "c")]
+    path.write_text("".join(json.dumps({"category": c, "prompt": t}) + "\n" for c, t in texts))
+    return path
+
+
+def bench(folder, prompts, out, *flags):
+    given = ["--prompts", str(prompts), "--model", str(folder), "--output", str(out)]
+    few = ["--max-new-tokens", "6", "--repeats", "2", "--prompt-tokens", "60", "--threads", "1"]
+    return cli.run(["bench", "decode", *given, *few, *flags])
+
+
+def test_every_arm_decodes_the_same_tokens(folder, prompts, tmp_path):
+    out = tmp_path / "r.json"
+    chosen = ["plain", "auto", "padded k=7", "hopeless", "hopeless model", *arms.TRANSFORMERS[:2]]
+    flags = ["--category", "long", "short", "--batch-sizes", "1", "2", "--arms", *chosen]
+    assert bench(folder, prompts, out, *flags) == 0
+    data = json.loads(out.read_text())
+    assert [r["arm"] for r in data["results"][: len(chosen)]] == chosen
+    assert len(data["results"]) == 4 * len(chosen)
+    assert all(r["equal_to_plain"] for r in data["results"])
+    assert {r["category"] for r in data["results"]} == {"long", "short"}
+    page = out.with_suffix(".html").read_text()
+    assert page.count("<section") == 2 and "http" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--arms", "plan"], "--arms plan"), (["--category", "lung"], "no prompts of category")],
+)
+def test_what_is_not_there_is_named(folder, prompts, tmp_path, capsys, flags, said):
+    assert bench(folder, prompts, tmp_path / "r.json", *flags) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_the_hopeless_drafter_is_wrong_and_within_its_limit():
+    drafts = arms.Hopeless().propose([DraftContext("a", [1, 2, 3], 4)])
+    assert drafts == [[3, 3, 3, 3]]
