@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 
-from retort.distill import checkpoint
 from retort.distill.bands import Bands
 from retort.distill.losses import DacSettings
 from retort.distill.sequences.replay import ReplayBuffer
 from retort.errors import ConfigurationError, RetortError
+from retort.train import checkpoint
 from tests.distill.toys import trainer
 
 

@@ -4,9 +4,10 @@ import pytest
 import yaml
 from transformers import HfArgumentParser
 
-from retort.distill.config import DistillConfig, resolved
+from retort.distill.config import DistillConfig
 from retort.distill.presets import PRESETS, Preset
 from retort.errors import ConfigurationError
+from retort.train.arguments import resolved
 
 
 def build(tmp_path, **values):

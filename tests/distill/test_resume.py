@@ -15,11 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from retort.distill import checkpoint
-from retort.distill.config import resolved
 from retort.distill.run import run
 from retort.distill.sequences.schedule import AdaptiveShare
 from retort.errors import ConfigurationError
+from retort.train import checkpoint
+from retort.train.arguments import resolved
 from tests.distill.toys import ROWS, config, llama, tokenizer
 
 COMMAND = [sys.executable, "-c", "from retort.cli import main; main()", "distill", "--config"]
@@ -28,7 +28,7 @@ COMMAND = [sys.executable, "-c", "from retort.cli import main; main()", "distill
 IN_A_SAVE = """
 import os, signal, sys
 from retort.cli import main
-from retort.distill import checkpoint
+from retort.train import checkpoint
 name, calls = sys.argv.pop(1), []
 original = getattr(checkpoint, name)
 def killed(*arguments):

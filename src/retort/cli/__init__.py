@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from retort.errors import RetortError
 
 # These verbs hand their flags to argparse, where `--debug` belongs to TrainingArguments.
-PASS_THROUGH = ("distill",)
+PASS_THROUGH = ("distill", "pretrain")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from retort.cli import bench, capture, convert, demo, distill, env, generate, models, report, serve
+from retort.cli import (
+    bench,
+    capture,
+    convert,
+    demo,
+    distill,
+    env,
+    generate,
+    models,
+    pretrain,
+    report,
+    serve,
+)
 
 _HELP = "Distil a language model into a small student, and serve either one faster, losslessly."
 
@@ -22,7 +34,19 @@ def command() -> Any:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for module in (demo, models, generate, serve, bench, capture, distill, convert, report, env):
+    for module in (
+        demo,
+        models,
+        generate,
+        serve,
+        bench,
+        capture,
+        distill,
+        pretrain,
+        convert,
+        report,
+        env,
+    ):
         module.add_to(app)
     return typer.main.get_command(app)
 

@@ -24,6 +24,12 @@ def bar() -> Progress:
     )
 
 
+SHOWN = (
+    *("loss", "sft", "dac", "span", "acceptance", "scrg/corrected"),
+    *("eval_perplexity", "eval_bits_per_byte", "tokens_per_second", "eta_seconds"),
+)
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No bars and notices of other libraries between our own lines."""
@@ -63,10 +69,10 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Print the terms, ten times a run."""
         every = max(state.max_steps // 10, 1)
-        if not logs or "loss" not in logs or state.global_step % every:
+        evaluated = "eval_perplexity" in (logs or {})
+        if not logs or not (evaluated or ("loss" in logs and not state.global_step % every)):
             return
-        shown = ("loss", "sft", "dac", "span", "acceptance", "scrg/corrected")
-        terms = [f"{name} {logs[name]:.3g}" for name in shown if name in logs]
+        terms = [f"{name} {logs[name]:.3g}" for name in SHOWN if name in logs]
         self.bar.console.print(
             f"      step {state.global_step}: {', '.join(terms)}", highlight=False
         )

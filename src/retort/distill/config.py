@@ -4,25 +4,20 @@ The same fields are the keywords in Python, the flags of ``retort distill`` and 
 YAML file (`HfArgumentParser`). Names are TRL's where the meaning is equal.
 """
 
-# ruff: noqa: RUF009  # `_say` returns a dataclass field
+# ruff: noqa: RUF009  # `say` returns a dataclass field
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
 from retort.distill.losses import DIVERGENCES, SPAN_DISTANCES, DacSettings, divergence
 from retort.distill.presets import ADAPTIVE, KEYS, PRESETS, Preset, contradiction, preset
 from retort.errors import ConfigurationError
-
-
-def _say(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from retort.train.arguments import check_given, check_training, say
 
 
 @dataclass
@@ -41,133 +36,127 @@ class DistillConfig(TrainingArguments):
         "divergence_parameters",
     ]
 
-    method: str = _say("mgsr", f"What to train by: one of {', '.join(PRESETS)}.")
+    method: str = say("mgsr", f"What to train by: one of {', '.join(PRESETS)}.")
 
     # Models
-    model_name_or_path: str | None = _say(None, "The student: zoo name, hub id or folder.")
-    model_init_kwargs: dict[str, Any] | str | None = _say(
+    model_name_or_path: str | None = say(None, "The student: zoo name, hub id or folder.")
+    model_init_kwargs: dict[str, Any] | str | None = say(
         None, "Keywords of the student's from_pretrained, as JSON."
     )
-    student_type: str | None = _say(
+    student_type: str | None = say(
         None, "'dense_retnet' builds a DenseRetNet student with the teacher's embedding and head."
     )
-    student_num_hidden_layers: int | None = _say(
+    student_num_hidden_layers: int | None = say(
         None, "Layers of the student: that many are cut out of model_name_or_path, or are built."
     )
-    student_config: dict[str, Any] | str | None = _say(
+    student_config: dict[str, Any] | str | None = say(
         None, "More configuration values of a student that is built, as JSON."
     )
-    freeze_embeddings: bool = _say(False, "Keep the student's embedding and head as they are.")
-    teacher_model_name_or_path: str | None = _say(
+    freeze_embeddings: bool = say(False, "Keep the student's embedding and head as they are.")
+    teacher_model_name_or_path: str | None = say(
         None, "The teacher: zoo name, hub id or folder; must share the student's tokenizer."
     )
-    teacher_model_revision: str | None = _say(None, "Hub revision of the teacher.")
-    teacher_model_init_kwargs: dict[str, Any] | str | None = _say(
+    teacher_model_revision: str | None = say(None, "Hub revision of the teacher.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = say(
         None, "Keywords of the teacher's from_pretrained, as JSON."
     )
-    teacher_signal: str | None = _say(
+    teacher_signal: str | None = say(
         None, "Folder of `retort capture`, instead of the teacher's forwards on the dataset."
     )
-    trust_remote_code: bool = _say(False, "Allow models to bring code of their own.")
-    disable_dropout: bool = _say(True, "Set every dropout of the student to 0.")
+    trust_remote_code: bool = say(False, "Allow models to bring code of their own.")
+    disable_dropout: bool = say(True, "Set every dropout of the student to 0.")
 
     # Data
-    dataset_name: str | None = _say(
+    dataset_name: str | None = say(
         None, "JSONL or Parquet file, folder, or hub name; rows: messages, or prompt + completion."
     )
-    dataset_config: str | None = _say(None, "Configuration of a hub dataset.")
-    dataset_train_split: str = _say("train", "Split to train on.")
-    dataset_test_split: str | None = _say(None, "Split of dataset_name to evaluate on.")
-    eval_dataset_name: str | None = _say(None, "Another file, folder or name to evaluate on.")
-    max_train_rows: int | None = _say(None, "Train on the first rows only.")
-    max_eval_rows: int | None = _say(None, "Evaluate on the first rows only.")
-    dataset_num_proc: int | None = _say(None, "Processes that tokenise.")
-    skip_long_prompts: bool = _say(
+    dataset_config: str | None = say(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = say("train", "Split to train on.")
+    dataset_test_split: str | None = say(None, "Split of dataset_name to evaluate on.")
+    eval_dataset_name: str | None = say(None, "Another file, folder or name to evaluate on.")
+    max_train_rows: int | None = say(None, "Train on the first rows only.")
+    max_eval_rows: int | None = say(None, "Evaluate on the first rows only.")
+    dataset_num_proc: int | None = say(None, "Processes that tokenise.")
+    skip_long_prompts: bool = say(
         False, "Leave out rows whose prompt leaves no room in max_length, instead of refusing them."
     )
-    as_chat: bool = _say(False, "Wrap prompts that are plain text as a user's chat message.")
-    max_length: int = _say(
+    as_chat: bool = say(False, "Wrap prompts that are plain text as a user's chat message.")
+    max_length: int = say(
         1024, "Most tokens of prompt + completion; longer completions are cut, prompts refused."
     )
 
     # Sequences
-    max_completion_length: int = _say(512, "N: most tokens that the student writes.")
-    lmbda: float | str | None = _say(
+    max_completion_length: int = say(512, "N: most tokens that the student writes.")
+    lmbda: float | str | None = say(
         None, "Share of distilled sequences that the student writes, or 'adaptive' (DistiLLM's)."
     )
-    do_sample: bool | None = _say(None, "The student draws its texts; else its likeliest tokens.")
-    rollout_temperature: float = _say(1.0, "Divides the logits that the student draws from.")
-    completions: str | None = _say(
+    do_sample: bool | None = say(None, "The student draws its texts; else its likeliest tokens.")
+    rollout_temperature: float = say(1.0, "Divides the logits that the student draws from.")
+    completions: str | None = say(
         None, "Text that the student did not write: 'dataset' or 'teacher', who writes it once."
     )
-    teacher_text_file: str | None = _say(
+    teacher_text_file: str | None = say(
         None, "JSONL file that keeps the teacher's texts for later runs; else in output_dir."
     )
-    interleave_top_k: int | None = _say(
+    interleave_top_k: int | None = say(
         None, "K of speculative KD: the teacher replaces student tokens below its K; 0: off."
     )
-    rollout_batch_size: int = _say(16, "Rows that are written at once.")
-    rollout_drafter: str | None = _say(
+    rollout_batch_size: int = say(16, "Rows that are written at once.")
+    rollout_drafter: str | None = say(
         None, "'prompt-lookup' speculates while the student writes; the text stays the same."
     )
-    rollout_draft_budget: int = _say(4, "Drafts a row and step; fixed, so that resume is exact.")
-    replay_buffer_size: int | None = _say(
+    rollout_draft_budget: int = say(4, "Drafts a row and step; fixed, so that resume is exact.")
+    replay_buffer_size: int | None = say(
         None, "Student sequences that are kept for reuse, the oldest goes first; 0: none."
     )
-    replay_share: float = _say(0.0, "Share of the student's sequences that come from the buffer.")
-    scrg: bool | None = _say(None, "Revise the student's sequences at their worst error.")
-    scrg_rounds: int = _say(1, "Corrections of each sequence.")
-    scrg_warmup_steps: float = _say(
+    replay_share: float = say(0.0, "Share of the student's sequences that come from the buffer.")
+    scrg: bool | None = say(None, "Revise the student's sequences at their worst error.")
+    scrg_rounds: int = say(1, "Corrections of each sequence.")
+    scrg_warmup_steps: float = say(
         0.1, "Optimiser steps before sequences are revised; below 1: a share of all steps."
     )
 
     # Losses
-    sft_weight: float | None = _say(None, "Weight of cross-entropy on the dataset.")
-    divergence: str | None = _say(
+    sft_weight: float | None = say(None, "Weight of cross-entropy on the dataset.")
+    divergence: str | None = say(
         None, f"Distance to the teacher: dac, {', '.join(DIVERGENCES)}; by default the method's."
     )
-    divergence_weight: float | None = _say(None, "Weight of the distance to the teacher.")
-    contrast: str | None = _say(
+    divergence_weight: float | None = say(None, "Weight of the distance to the teacher.")
+    contrast: str | None = say(
         None, "Another divergence for student text; every prompt then gives offline text as well."
     )
-    divergence_parameters: dict[str, Any] | str | None = _say(
+    divergence_parameters: dict[str, Any] | str | None = say(
         None, "Parameters of the divergence, as JSON, e.g. '{\"alpha\": 0.1}'."
     )
-    beta: float | None = _say(None, "β of jsd: 0 is forward KL, 1 reverse KL.")
-    span_weight: float | None = _say(None, "Weight of the span loss.")
-    temperature: float = _say(1.0, "Divides both models' logits in all terms but sft.")
-    loss_chunk_size: int = _say(
+    beta: float | None = say(None, "β of jsd: 0 is forward KL, 1 reverse KL.")
+    span_weight: float | None = say(None, "Weight of the span loss.")
+    temperature: float = say(1.0, "Divides both models' logits in all terms but sft.")
+    loss_chunk_size: int = say(
         128, "Tokens whose logits exist at once; 0: all (faster, but holds tokens × vocabulary)."
     )
-    dac_mode: str = _say("learned", "Band of DAC-KL: learned (under the constraint) or fixed.")
-    dac_top_k: int = _say(64, "K: the teacher's likeliest tokens that DAC-KL looks at.")
-    dac_temperature: float = _say(0.02, "τ: softness of the band's edges.")
-    dac_coverage: float = _say(0.95, "Least mean share of the top-K's mass that a band keeps.")
-    dac_min_coverage: float = _say(0.8, "A token below this share falls back to the full band.")
-    dac_max_hidden: float = _say(0.1, "So does one whose band hides more of its KL than this.")
-    dac_lower: float | None = _say(None, "Lower end of a fixed band; by default all is kept.")
-    dac_upper: float | None = _say(None, "Upper end of a fixed band.")
-    dac_dual_rate: float = _say(2.0, "Step of the constraint's dual variable.")
-    dac_dual_max: float = _say(20.0, "Largest value of the dual variable.")
-    dac_learning_rate: float = _say(1e-3, "Learning rate of the sub-network that sets the band.")
-    span_distance: str = _say("l2", f"Distance of correlations: {', '.join(SPAN_DISTANCES)}.")
-    span_chunker: str = _say("punctuation", "Finds spans: punctuation, spacy, random.")
+    dac_mode: str = say("learned", "Band of DAC-KL: learned (under the constraint) or fixed.")
+    dac_top_k: int = say(64, "K: the teacher's likeliest tokens that DAC-KL looks at.")
+    dac_temperature: float = say(0.02, "τ: softness of the band's edges.")
+    dac_coverage: float = say(0.95, "Least mean share of the top-K's mass that a band keeps.")
+    dac_min_coverage: float = say(0.8, "A token below this share falls back to the full band.")
+    dac_max_hidden: float = say(0.1, "So does one whose band hides more of its KL than this.")
+    dac_lower: float | None = say(None, "Lower end of a fixed band; by default all is kept.")
+    dac_upper: float | None = say(None, "Upper end of a fixed band.")
+    dac_dual_rate: float = say(2.0, "Step of the constraint's dual variable.")
+    dac_dual_max: float = say(20.0, "Largest value of the dual variable.")
+    dac_learning_rate: float = say(1e-3, "Learning rate of the sub-network that sets the band.")
+    span_distance: str = say("l2", f"Distance of correlations: {', '.join(SPAN_DISTANCES)}.")
+    span_chunker: str = say("punctuation", "Finds spans: punctuation, spacy, random.")
 
     # Other defaults than transformers'
-    remove_unused_columns: bool = _say(False, "Kept off: rows are tokenised here.")
-    logging_nan_inf_filter: bool = _say(False, "Kept off: a NaN loss ends the run.")
-    logging_steps: float = _say(10, "Optimiser steps between log records; below 1: a share.")
+    remove_unused_columns: bool = say(False, "Kept off: rows are tokenised here.")
+    logging_nan_inf_filter: bool = say(False, "Kept off: a NaN loss ends the run.")
+    logging_steps: float = say(10, "Optimiser steps between log records; below 1: a share.")
 
     def __post_init__(self) -> None:
         """Check every value that is ours; transformers checks its own."""
-        self._check_given()
-        if self.max_steps == 0:
-            raise ConfigurationError("max_steps=0 trains nothing: give at least 1, or -1 for all")
-        try:
-            super().__post_init__()
-            get_reporting_integration_callbacks(self.report_to)
-        except (ValueError, TypeError) as error:  # transformers' own checks
-            raise ConfigurationError(" ".join(str(error).split())) from error
+        check_given(self, DistillConfig)
+        check_training(self, super().__post_init__)
         self.lmbda = _number_or_adaptive(self.lmbda)
         for name, fine, rule in self._rules():
             if not fine:
@@ -215,15 +204,6 @@ class DistillConfig(TrainingArguments):
         """The optimiser step from which sequences are revised, of ``max_steps`` in all."""
         warmup = self.scrg_warmup_steps
         return int(warmup) if warmup >= 1 else int(warmup * max_steps)
-
-    def _check_given(self) -> None:
-        """Refuse a null where a value is needed (YAML can say it) and text that is not JSON."""
-        for name, kind in DistillConfig.__annotations__.items():
-            value = getattr(self, name, None)
-            if value is None and "None" not in str(kind):
-                raise ConfigurationError(f"{name}=None is wrong: it needs a value")
-            if "dict" in str(kind) and isinstance(value, str):
-                _check_json(name, value)
 
     def _check_method(self) -> None:
         recipe = self.recipe
@@ -317,15 +297,6 @@ class DistillConfig(TrainingArguments):
         ]
 
 
-def _check_json(name: str, text: str) -> None:
-    try:
-        fine = isinstance(json.loads(text), dict)
-    except ValueError:
-        fine = False
-    if not fine:
-        raise ConfigurationError(f"{name}={text!r} is wrong: it must be a JSON object")
-
-
 def _number_or_adaptive(value: Any) -> Any:
     """Text of a flag as a number where it is one."""
     try:
@@ -338,10 +309,20 @@ def _within(value: Any, least: float, most: float) -> bool:
     return value is None or (not isinstance(value, str) and least <= value <= most)
 
 
-def resolved(config: DistillConfig) -> dict[str, Any]:
-    """Every argument as plain values, without secrets: can be given back as a YAML file."""
-    known = {f.name for f in fields(config) if f.init}
-    values = config.to_dict()
-    secrets = {name for name in known if name.endswith("_token")}
-    values["report_to"] = values["report_to"] or "none"  # an empty list is refused as a flag
-    return {name: value for name, value in values.items() if name in known - secrets}
+FIXED = (
+    "method",
+    "model_name_or_path",
+    "student_type",
+    "student_num_hidden_layers",
+    "teacher_model_name_or_path",
+    "dataset_name",
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+"""Arguments that must not change between a run and its continuation."""
+
+
+def fixed_choices(config: DistillConfig) -> dict[str, Any]:
+    """The values of `FIXED`."""
+    return {name: getattr(config, name) for name in FIXED}

@@ -8,7 +8,6 @@ ids. A completion ends with its first end-of-sequence token, which is learned li
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retort.errors import ConfigurationError
+from retort.train.rows import load_named, named_file, read_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,14 +64,8 @@ def load_rows(name: str, split: str = "train", config: str | None = None) -> Dat
     JSONL is read into memory, row by row, so that errors name the row; everything else goes to
     `datasets.load_dataset`. Raises ConfigurationError when there is no such data, or it is empty.
     """
-    path = Path(name).expanduser()
-    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
-        raise ConfigurationError(f"dataset_name: there is no file {name}")
-    if path.suffix == ".jsonl" and split != "train":
-        raise ConfigurationError(
-            f"{name} is one file and has no split {split!r}: leave the split out"
-        )
-    rows = _read_jsonl(path) if path.suffix == ".jsonl" else _load(name, path, split, config)
+    path = named_file(name, split)
+    rows = _read_jsonl(path) if path is not None else load_named(name, split, config)
     if not len(rows):
         raise ConfigurationError(f"{name} is empty: give at least one row")
     return rows
@@ -131,14 +125,7 @@ def end_tokens(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
 def _read_jsonl(path: Path) -> Dataset:
     from datasets import Dataset
 
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    rows.append(_parsed(line, f"{path.name}, row {number}"))
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{path.name} is not UTF-8 text: {error.reason}") from error
+    rows = read_jsonl(path)
     columns = [c for c in COLUMNS if any(c in row for row in rows)]
     if rows and not columns:
         raise ConfigurationError(_missing(path.name, sorted(rows[0])))
@@ -166,35 +153,10 @@ def _check_alike(rows: Sequence[dict[str, Any]], origin: str) -> None:
                 )
 
 
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigurationError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ConfigurationError(f"{where}: expected an object with named columns")
-    return row
-
-
 def _plain(value: Any) -> Any:
     """A list of accepted answers counts by its first; a list of messages stays."""
     texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
     return (value[0] if value else None) if texts else value
-
-
-def _load(name: str, path: Path, split: str, config: str | None) -> Dataset:
-    from datasets import load_dataset, load_from_disk
-
-    try:
-        if path.suffix in (".json", ".parquet"):
-            kind = path.suffix[1:]
-            return load_dataset(kind, data_files={split: str(path)}, split=split)
-        if (path / "state.json").is_file():
-            return load_from_disk(str(path))
-        return load_dataset(str(path) if path.is_dir() else name, config, split=split)
-    except Exception as error:  # datasets raises whatever its readers raise
-        text = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ConfigurationError(f"cannot read the dataset {name!r}: {text}") from error
 
 
 # Rows to ids

@@ -10,7 +10,6 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from retort.decode.support import check_supported
-from retort.distill import checkpoint
 from retort.distill.config import DistillConfig
 from retort.distill.data import load_rows
 from retort.distill.init import build_student
@@ -19,6 +18,7 @@ from retort.distill.spans import check_chunker
 from retort.distill.teachers import load_teacher
 from retort.distill.trainer import DistillTrainer
 from retort.errors import ConfigurationError
+from retort.train import checkpoint
 
 
 def run(config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:

@@ -21,23 +21,25 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from retort.decode.support import max_length
-from retort.distill import checkpoint, metrics
+from retort.distill import metrics
 from retort.distill.batch import Batch, TrainingSequence, build_batch
 from retort.distill.callbacks import StepCallback
 from retort.distill.captured import CapturedTeacher, build_teacher
-from retort.distill.config import DistillConfig
+from retort.distill.config import DistillConfig, fixed_choices
 from retort.distill.data import Encoding, Example, collate, end_tokens, tokenize
 from retort.distill.hidden import HeadlessModel
 from retort.distill.init import build_student, disable_dropout
 from retort.distill.objective import Objective
-from retort.distill.records import RunLog, correction_record
-from retort.distill.saving import WholeCheckpointTrainer
+from retort.distill.records import DistillLog, correction_record
 from retort.distill.sequences.sources import Sources, source_shares
 from retort.distill.sequences.teacher_text import TeacherTexts
 from retort.distill.sequences.writers import StudentWriter, Writing, WritingSettings
 from retort.distill.sharding import RolloutCopy
 from retort.distill.teachers import has_adapter, load_teacher
 from retort.errors import ConfigurationError, RetortError
+from retort.train.arguments import resolved
+from retort.train.checkpoint import check_same_run
+from retort.train.saving import WholeCheckpointTrainer
 
 KEPT_CORRECTIONS = 64
 
@@ -102,7 +104,7 @@ class DistillTrainer(WholeCheckpointTrainer):
         self.sources = self._build_sources()
         self.meter, self.eval_meter = metrics.Meter(), metrics.Meter()
         self.corrections: list[dict[str, Any]] = []
-        self.run_log = RunLog(str(args.output_dir), self.is_world_process_zero())
+        self.run_log = DistillLog(str(args.output_dir), self.is_world_process_zero())
         self._counts: dict[str, float] = {}
         self._step = metrics.Meter()
         self.add_callback(StepCallback(self))
@@ -310,7 +312,8 @@ class DistillTrainer(WholeCheckpointTrainer):
 
     def begin_run(self) -> None:
         """Open the run's log at the step where training goes on."""
-        self.run_log.start(self.config, self.state.global_step)
+        config = self.config
+        self.run_log.start(resolved(config), config.seed, self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms and phase times since the last record, and write the run's own log."""
@@ -337,13 +340,13 @@ class DistillTrainer(WholeCheckpointTrainer):
             "sources": self.sources.state_dict(),
             "corrections": self.corrections,
             "bands": None if bands is None else bands.numbers(),
-            "fixed": checkpoint.fixed_choices(self.config),
+            "fixed": fixed_choices(self.config),
         }
         return state, {} if bands is None else bands.tensors()
 
     def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
         """Take back what `carried` gave; refuses to go on as another run."""
-        checkpoint.check_same_run(state["fixed"], checkpoint.fixed_choices(self.config), folder)
+        check_same_run(state["fixed"], fixed_choices(self.config), folder)
         self.meter.load_state_dict(state["meter"] if self.is_world_process_zero() else {})
         self.sources.load_state_dict(state["sources"])
         self.corrections = state["corrections"]

@@ -19,14 +19,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retort.distill.config import DistillConfig
 from retort.errors import ConfigurationError
 from retort.manifest import first_fault, write_manifest
 
 logger = logging.getLogger(__name__)
 
-STATE = "distill_state.json"
-TENSORS = "distill_state.safetensors"
+STATE = "run_state.json"
+TENSORS = "run_state.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial"
 
@@ -110,25 +109,6 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `save_state` wrote."""
     tensors = load_file(folder / TENSORS) if (folder / TENSORS).is_file() else {}
     return json.loads((folder / STATE).read_text(encoding="utf-8")), tensors
-
-
-FIXED = (
-    "method",
-    "model_name_or_path",
-    "student_type",
-    "student_num_hidden_layers",
-    "teacher_model_name_or_path",
-    "dataset_name",
-    "seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-)
-"""Arguments that must not change between a run and its continuation."""
-
-
-def fixed_choices(config: DistillConfig) -> dict[str, Any]:
-    """The values of `FIXED`."""
-    return {name: getattr(config, name) for name in FIXED}
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from retort.distill import checkpoint
 from retort.errors import ConfigurationError, RetortError
+from retort.train import checkpoint
 
 
 class WholeCheckpointTrainer(Trainer):

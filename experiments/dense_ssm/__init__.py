@@ -1,0 +1,1 @@
+"""Does the dense connection help at equal size? See README.md beside this file."""
