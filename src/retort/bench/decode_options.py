@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def parser() -> argparse.ArgumentParser:
+    """The arguments and their help."""
     made = argparse.ArgumentParser(
         prog="retort bench decode", description="Decoding speed of many arms, in turns."
     )

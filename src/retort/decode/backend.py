@@ -6,6 +6,8 @@ from typing import Any
 
 from retort.cache.attention import AttentionRowCache
 from retort.cache.native import NativeAttentionRowCache, serves
+from retort.cache.varlen import VarlenAttentionRowCache
+from retort.cache.varlen import serves as varlen_serves
 from retort.decode.fusion import FusedLayers, Inference
 from retort.errors import ConfigurationError
 from retort.ops import native
@@ -50,6 +52,7 @@ class Backend:
         if weight_storage not in STORAGES:
             raise ConfigurationError(f"weight_storage={weight_storage!r} must be one of {STORAGES}")
         self.name = resolve(cpu_backend, model)
+        self._varlen = varlen_serves(model.device, model.dtype)
         self._linears: PackedLinears | None = None
         self._layers: FusedLayers | None = None
         if self.name == "native":
@@ -57,7 +60,9 @@ class Backend:
 
     def attention_cache(self) -> AttentionRowCache:
         """An empty attention cache for this arithmetic."""
-        return NativeAttentionRowCache() if self.name == "native" else AttentionRowCache()
+        if self.name == "native":
+            return NativeAttentionRowCache()
+        return VarlenAttentionRowCache() if self._varlen else AttentionRowCache()
 
     def fuse(self, model: Any, inference: Inference) -> None:
         """Run decoder layers that the core knows as one call each; see `retort.decode.fusion`."""
