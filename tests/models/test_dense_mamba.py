@@ -118,60 +118,6 @@ def test_a_mamba_checkpoint_keeps_its_logits(m, tied, tmp_path):
     assert want.abs().max() > 2
 
 
-@pytest.fixture(scope="module")
-def both():
-    """transformers' Mamba, ours with its weights, tokens, and the logits of a whole pass."""
-    theirs, tokens = mamba(), ids(2, 40)
-    with torch.no_grad():
-        want = theirs(tokens, use_cache=False).logits
-    return theirs, DenseMambaForCausalLM.from_mamba(theirs), tokens, want
-
-
-def differs(got, want):
-    """Upstream is still wrong here, so that the case is worth its test."""
-    return (got - want).abs().max() > 1e-2
-
-
-@torch.no_grad()
-def test_several_tokens_after_a_state(both):
-    theirs, ours, tokens, want = both
-    cache = theirs(tokens[:, :25], use_cache=True).cache_params
-    assert differs(theirs(tokens[:, 25:], cache_params=cache).logits, want[:, 25:])
-    cache = ours(tokens[:, :25], use_cache=True).past_key_values
-    close(ours(tokens[:, 25:], cache_params=cache).logits, want[:, 25:], 2e-5)
-
-
-@torch.no_grad()
-def test_right_padding_then_more(both):
-    theirs, ours, tokens, want = both
-    mask = torch.ones(2, 40, dtype=torch.long)
-    mask[0, 25:] = 0
-    cache = theirs(tokens, attention_mask=mask, use_cache=True).cache_params
-    assert differs(theirs(tokens[:, 25:26], cache_params=cache).logits[0], want[0, 25:26])
-    cache = ours(tokens, attention_mask=mask, use_cache=True).past_key_values
-    close(ours(tokens[:, 25:], past_key_values=cache).logits[0], want[0, 25:], 2e-5)
-
-
-@torch.no_grad()
-def test_packed_sequences(both):
-    theirs, ours, tokens, _ = both
-    positions = torch.cat([torch.arange(n) for n in (13, 27)])[None]
-    parts = [theirs(t, use_cache=False).logits for t in tokens[:1].split((13, 27), 1)]
-    alone = torch.cat(parts, 1)
-    assert differs(theirs(tokens[:1], position_ids=positions).logits, alone)
-    close(ours(tokens[:1], position_ids=positions).logits, alone, 2e-5)
-
-
-@torch.no_grad()
-def test_crop(both):
-    theirs, ours, tokens, want = both
-    with pytest.raises(Exception, match="crop"):
-        theirs(tokens, use_cache=True).cache_params.crop(-9)
-    cache = ours(tokens, use_cache=True).past_key_values
-    cache.crop(-9)
-    close(ours(tokens[:, 31:], past_key_values=cache).logits, want[:, 31:], 2e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_runs_with_float32_states(dtype):
