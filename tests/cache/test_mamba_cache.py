@@ -74,17 +74,10 @@ def part(row, start, stop=None):
     return [x[start:stop] for x in row]
 
 
-def poison(cache):
-    """NaN in everything that belongs to no row."""
-    cache.states[:, list(cache.free_slots)] = torch.nan
-    cache.tape.keys[:, list(cache.tape.free)] = torch.nan
-    cache.tape.values[:, list(cache.tape.free)] = torch.nan
-
-
 def check_slots(cache):
     """Every slot is free or belongs to exactly one anchor."""
     used = [slot for a in cache._anchors.values() for slot in a.values() if slot >= 0]
-    assert sorted([*used, *cache.free_slots]) == list(range(cache.states.shape[1]))
+    assert sorted([*used, *cache._free]) == list(range(cache.states.shape[1]))
 
 
 @pytest.mark.parametrize("tape", ["draft", "completion"])
@@ -101,7 +94,7 @@ def test_random_passes_with_rejections_equal_the_whole_sequence(tape, seed):
             start = cache.length(r)
             parts[r] = part(rows[r], start, start + dice.choice([1, 1, 2, 5, 9, 40]))
         starts = {r: cache.length(r) for r in parts}
-        poison(cache)
+        cache.poison()
         for r, y in feed(cache, parts, size=dice.choice([3, 16, 64])).items():
             got[r][starts[r] : starts[r] + len(y)] = y
             cache.rewind(r, cache.length(r) - dice.randint(0, min(8, len(y))))
@@ -195,13 +188,13 @@ def test_freed_slots_and_pages_never_surface():
     for row in (sequence(70, 8), sequence(70, 9)):
         feed(cache, {0: row})
         cache.free_row(0)
-        poison(cache)
+        cache.poison()
         assert cache.add_row() == 0
         for n in (1, 20, 40):
             y = feed(cache, {0: part(row, cache.length(0), cache.length(0) + n)})[0]
             stop = cache.length(0)
             torch.testing.assert_close(y, expected(row)[stop - n : stop], atol=1e-12, rtol=0)
-            poison(cache)
+            cache.poison()
 
 
 def test_a_cancelled_pass_leaves_the_row_as_it_was():

@@ -49,14 +49,6 @@ def cut(qkv, start, stop=None):
     return [x[start:stop] for x in qkv]
 
 
-def poison(cache):
-    """NaN in everything that belongs to no row."""
-    free = [slot for slot in range(cache.states.shape[1]) if slot not in cache.rows]
-    cache.states[:, free] = torch.nan
-    cache.tape.keys[:, list(cache.tape.free)] = torch.nan
-    cache.tape.values[:, list(cache.tape.free)] = torch.nan
-
-
 @pytest.mark.parametrize("tape", ["draft", "completion"])
 @pytest.mark.parametrize("seed", range(6))
 def test_random_passes_with_rejections_equal_the_whole_sequence(tape, seed):
@@ -71,7 +63,7 @@ def test_random_passes_with_rejections_equal_the_whole_sequence(tape, seed):
             start = cache.length(r)
             parts[r] = cut(rows[r], start, start + dice.choice([1, 2, 5, 9, 40]))
         starts = {r: cache.length(r) for r in parts}
-        poison(cache)
+        cache.poison()
         for r, y in feed(cache, parts).items():
             got[r][starts[r] : starts[r] + len(y)] = y
             back = dice.randint(0, min(8, len(y)))
@@ -147,13 +139,13 @@ def test_freed_slots_and_pages_never_surface():
     for qkv in rows:
         feed(cache, {0: qkv})
         cache.free_row(0)
-        poison(cache)
+        cache.poison()
         assert cache.add_row() == 0
         for n in (1, 20, 40):  # a young row, then ones with a state
             y = feed(cache, {0: cut(qkv, cache.length(0), cache.length(0) + n)})[0]
             stop = cache.length(0)
             torch.testing.assert_close(y, expected(qkv)[stop - n : stop], atol=1e-12, rtol=0)
-            poison(cache)
+            cache.poison()
 
 
 def test_a_cancelled_pass_leaves_the_row_as_it_was():

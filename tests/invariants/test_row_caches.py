@@ -92,12 +92,7 @@ def poison(cache):
             for buffer in layers.values():
                 buffer[:, :, cache.length(row) :] = math.nan
         return
-    held = isinstance(cache, MambaRowCache)
-    slots = range(cache.states.shape[1])
-    free = cache.free_slots if held else [slot for slot in slots if slot not in cache.rows]
-    cache.states[:, list(free)] = math.nan
-    cache.tape.keys[:, list(cache.tape.free)] = math.nan
-    cache.tape.values[:, list(cache.tape.free)] = math.nan
+    cache.poison()
 
 
 def append(data, packed, naive):

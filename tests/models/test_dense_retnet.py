@@ -150,7 +150,7 @@ def test_a_packed_pass_equals_single_rows():
             done[r] += len(logits)
         if step == 2:
             cache.free_row(1)
-            cache.states[:, 1] = torch.nan
+            cache.poison()
             assert cache.add_row() == 1
             done[1] = 0
 

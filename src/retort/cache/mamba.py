@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from retort.cache.recurrent import RecurrentRowCache, TapeKind, check_tape
-from retort.cache.rows import PackedRows
+from retort.cache.rows import PackedRows, Spare
 from retort.cache.tape import Pages, Tape, grown
 from retort.ops.segments import Piece
 from retort.ops.selective_scan import ScanInputs
@@ -128,11 +128,6 @@ class MambaRowCache(RecurrentRowCache):
     def _zeros(self, count: int, *sizes: int) -> Tensor:
         return torch.zeros(self.shape.layers, count, *sizes, dtype=self.dtype, device=self.device)
 
-    @property
-    def free_slots(self) -> tuple[int, ...]:
-        """Slots of `states` that belong to no row."""
-        return tuple(self._free)
-
     def earliest(self, row: int) -> int:
         """The oldest anchor; 0 while the tape reaches back to the first token."""
         self._require(row)
@@ -189,6 +184,10 @@ class MambaRowCache(RecurrentRowCache):
         if sorted(used + self._free) != list(range(self.states.shape[1])):
             faults.append("states are shared or lost")
         return faults + self.tape.faults(self._lengths)
+
+    def _spare(self) -> Spare:
+        pages = self.tape.free
+        return [(self.states, self._free), (self.tape.keys, pages), (self.tape.values, pages)]
 
     def _slot(self) -> int:
         if not self._free:

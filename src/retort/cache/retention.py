@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from retort.cache.recurrent import RecurrentRowCache, TapeKind, check_tape
-from retort.cache.rows import PackedRows
+from retort.cache.rows import PackedRows, Spare
 from retort.cache.tape import Pages, Tape, grown
 from retort.cache.waves import WavePlan
 from retort.ops.retention import BlockDecay, block_fold, block_output, log_decay
@@ -153,6 +153,11 @@ class RetentionRowCache(RecurrentRowCache):
             if self._anchor.get(row, 0) * self.block > max(length, 0):
                 faults.append(f"row {row} of {length} tokens keeps a state beyond its end")
         return faults + self.tape.faults(self._lengths)
+
+    def _spare(self) -> Spare:
+        free = [slot for slot in range(self.states.shape[1]) if slot not in self._lengths]
+        pages = self.tape.free
+        return [(self.states, free), (self.tape.keys, pages), (self.tape.values, pages)]
 
     # A pass: begin, one call of `retention` per layer, end
 

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from retort.errors import ConfigurationError, RetortError, RewindError
 
+Spare = list[tuple[Tensor, Sequence[int]]]
+
 
 @dataclass(frozen=True)
 class PackedRows:
@@ -156,6 +158,14 @@ class RowCache(ABC):
         if faults:
             raise RetortError(f"{type(self).__name__} is inconsistent: {'; '.join(faults)}")
 
+    def poison(self) -> None:
+        """Fill storage that belongs to no row with NaN, between passes: it may never surface.
+
+        For tests and debugging.
+        """
+        for storage, free in self._spare():
+            storage[:, list(free)] = torch.nan
+
     def begin(self, rows: Sequence[int], counts: Sequence[int]) -> PackedRows:
         """Reserve room for ``counts[i]`` new tokens of ``rows[i]`` and publish the layout."""
         if len(set(rows)) != len(rows) or len(rows) != len(counts) or min(counts, default=1) < 1:
@@ -223,6 +233,10 @@ class RowCache(ABC):
 
     def _faults(self) -> list[str]:
         """What is inconsistent in the storage."""
+        return []
+
+    def _spare(self) -> Spare:
+        """Storage and its entries (along dim 1) that belong to no row."""
         return []
 
     def _copy_out(self, row: int) -> Any:

@@ -62,7 +62,8 @@ class Engine:
         prefix_cache_tokens: tokens of prompts (and of finished rows) whose cache entries are kept,
             so that rows which begin alike do not read them again; 0 keeps none, see
             `retort.decode.prefixes`. Call ``engine.prefixes.clear()`` after changing weights.
-        debug: check the caches whenever the engine is idle, and record what is scheduled.
+        debug: check the caches whenever the engine is idle, fill what rows left behind with NaN,
+            and record what is scheduled.
 
     Raises:
         UnsupportedModelError: the model's architecture is not handled; nothing was changed.
@@ -366,8 +367,10 @@ class Engine:
     def _retire(self) -> list[RequestOutput]:
         done = [r for r in self.scheduler.running if r.finish_reason is not None]
         outputs = [self._finish(r, hold=r.hold) for r in done]
-        if self.debug and self.scheduler.idle:
-            self.check()
+        if self.debug:
+            self.target.cache.poison()
+            if self.scheduler.idle:
+                self.check()
         return outputs
 
     # Details
