@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from retort.decode.engine import Engine
-from retort.distill.init import dense_retnet_student, freeze_embeddings
+from retort.distill.builders import dense_retnet_student
+from retort.distill.init import freeze_embeddings
 from retort.models import zoo
 from tests.decode.toys import reference
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retort.distill import init
+from retort.distill import builders, init
 from retort.distill.config import DistillConfig
 from retort.errors import ConfigurationError
 from tests.decode.toys import toy
@@ -67,7 +67,7 @@ def test_a_cut_needs_enough_layers(count):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_dense_retnet_student_has_the_teachers_embedding_head_and_norm(tied):
     teacher = llama(tie_word_embeddings=tied)
-    student = init.dense_retnet_student(teacher, 3)
+    student = builders.dense_retnet_student(teacher, 3)
     assert student.config.model_type == "dense_retnet" and student.config.num_hidden_layers == 3
     assert student.config.hidden_size == teacher.config.hidden_size
     assert torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
@@ -112,12 +112,12 @@ def test_what_does_not_fit_together_is_refused(tmp_path, values, message):
 @pytest.mark.parametrize("overrides", [{"widht": 3}, {"hidden_size": 64}])
 def test_wrong_overrides_are_refused(overrides):
     with pytest.raises(ConfigurationError, match=next(iter(overrides))):
-        init.dense_retnet_student(llama(), 1, **overrides)
+        builders.dense_retnet_student(llama(), 1, **overrides)
 
 
 def test_dropout_is_switched_off_everywhere():
     model = toy("gpt2", resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5).train()
-    student = init.dense_retnet_student(llama(), 2, dropout=0.5).train()
+    student = builders.dense_retnet_student(llama(), 2, dropout=0.5).train()
     for each in (model, student, llama(attention_dropout=0.5).train()):
         init.disable_dropout(each)
         assert torch.equal(each(IDS).logits, each(IDS).logits)

@@ -5,7 +5,7 @@ import torch
 
 from retort.decode.packed import PackedModel
 from retort.decode.sampling import RESAMPLE, draw
-from retort.distill.init import dense_retnet_student
+from retort.distill.builders import dense_retnet_student
 from retort.distill.sequences.interleave import Interleaver
 from retort.distill.sequences.writers import StudentWriter, WritingSettings
 from tests.distill.test_presets import interleaved

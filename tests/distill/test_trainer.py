@@ -7,8 +7,8 @@ import torch
 from transformers import TrainerCallback
 
 from retort import report
+from retort.distill.builders import dense_retnet_student
 from retort.distill.hidden import HeadlessModel
-from retort.distill.init import dense_retnet_student
 from retort.distill.losses import IGNORED
 from retort.distill.presets import PRESETS
 from retort.distill.sequences.replay import ReplayBuffer

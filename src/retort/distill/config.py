@@ -44,7 +44,10 @@ class DistillConfig(TrainingArguments):
         None, "Keywords of the student's from_pretrained, as JSON."
     )
     student_type: str | None = say(
-        None, "'dense_retnet' builds a DenseRetNet student with the teacher's embedding and head."
+        None, "'dense_retnet' or 'dense_mamba': built with the teacher's embedding and head."
+    )
+    warm_start: bool = say(
+        False, "A student that is built begins with layers of the teacher, its MLPs among them."
     )
     student_num_hidden_layers: int | None = say(
         None, "Layers of the student: that many are cut out of model_name_or_path, or are built."
@@ -291,8 +294,13 @@ class DistillConfig(TrainingArguments):
             ),
             (
                 "student_type",
-                self.student_type in (None, "dense_retnet"),
-                "use 'dense_retnet', or leave it out",
+                self.student_type in (None, "dense_retnet", "dense_mamba"),
+                "use 'dense_retnet', 'dense_mamba', or leave it out",
+            ),
+            (
+                "warm_start",
+                not self.warm_start or self.student_type is not None,
+                "it is for a student that is built: set student_type",
             ),
         ]
 

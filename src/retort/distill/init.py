@@ -1,4 +1,4 @@
-"""Students: loaded, cut out of a larger model, or built around a teacher's embedding and head."""
+"""Students: loaded, cut out of a larger model, or built around a teacher (see `builders`)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import copy
 import re
 from typing import Any
 
-import torch
 from torch import nn
 
 from retort.distill.config import DistillConfig
 from retort.errors import ConfigurationError
-
-NORM_SCALE = 0.1
-"""[ours] A new student's states are nearly its token's own embedding, for which a trained head is
-sure of the wrong token (loss 49 on SmolLM2 instead of 10.8 for a guess). Scaled down, training
-starts from a guess: 7.5 instead of 9.4 after 40 steps; 0.03 and 0.3 are no better [measured]."""
 
 
 def build_student(config: DistillConfig, teacher: Any = None) -> Any:
@@ -62,36 +56,6 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
-def dense_retnet_student(teacher: Any, layers: int, **overrides: Any) -> Any:
-    """A DenseRetNet of the teacher's width with its embedding, head and final norm.
-
-    Retention layers start at random (torch's global generator). Embedding and head are tied
-    where the teacher's are. [ours] The final norm is copied too, because the head was trained
-    behind it, and scaled by `NORM_SCALE`. ``overrides`` are values of `DenseRetNetConfig`. Raises
-    ConfigurationError when one of them is unknown or changes the width.
-    """
-    from retort.models.dense_retnet import DenseRetNetConfig, DenseRetNetForCausalLM
-
-    values = _dense_retnet_values(teacher.config.get_text_config(), layers)
-    _check_known(overrides, DenseRetNetConfig())
-    student = DenseRetNetForCausalLM(DenseRetNetConfig(**{**values, **overrides}))
-    student.to(teacher.dtype)
-    student.generation_config.eos_token_id = teacher.generation_config.eos_token_id
-    copy_embeddings(teacher, student)
-    norm = getattr(getattr(teacher.base_model, "norm", None), "weight", None)
-    if isinstance(norm, torch.Tensor):
-        _copy(norm * NORM_SCALE, student.model.norm.weight, "final norm")
-    return student.eval()
-
-
-def copy_embeddings(teacher: Any, student: Any) -> None:
-    """Copy the teacher's input embedding and head. Raises ConfigurationError if widths differ."""
-    source, target = teacher.get_input_embeddings(), student.get_input_embeddings()
-    _copy(source.weight, target.weight, "embedding")
-    source, target = teacher.get_output_embeddings(), student.get_output_embeddings()
-    _copy(source.weight, target.weight, "head")
-
-
 def freeze_embeddings(model: Any) -> None:
     """Take embedding and head out of training."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -122,6 +86,8 @@ def _loaded(config: DistillConfig) -> Any:
 
 
 def _built(config: DistillConfig, teacher: Any) -> Any:
+    from retort.distill import builders
+
     if config.model_name_or_path is not None:
         raise ConfigurationError(
             f"student_type={config.student_type!r} builds a student and model_name_or_path names "
@@ -132,40 +98,10 @@ def _built(config: DistillConfig, teacher: Any) -> Any:
             f"student_type={config.student_type!r} is built around a teacher: set "
             "teacher_model_name_or_path"
         )
+    build = getattr(builders, f"{config.student_type}_student")
     overrides = dict(config.student_config or {})  # type: ignore[arg-type]
-    return dense_retnet_student(teacher, config.student_num_hidden_layers or 4, **overrides)
-
-
-def _dense_retnet_values(teacher: Any, layers: int) -> dict[str, Any]:
-    keys = teacher.hidden_size // 2
-    heads = next(h for h in (4, 2, 1) if keys % (2 * h) == 0 or h == 1)
-    return {
-        "vocab_size": teacher.vocab_size,
-        "hidden_size": teacher.hidden_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_v_select_scale": min(32, teacher.hidden_size),
-        "tie_word_embeddings": bool(teacher.tie_word_embeddings),
-        "bos_token_id": teacher.bos_token_id,
-        "eos_token_id": teacher.eos_token_id,
-        "pad_token_id": None,
-    }
-
-
-def _check_known(overrides: dict[str, Any], config: Any) -> None:
-    unknown = sorted(name for name in overrides if not hasattr(config, name))
-    if unknown:
-        raise ConfigurationError(f"student_config: DenseRetNet has no {unknown[0]!r}")
-
-
-@torch.no_grad()
-def _copy(source: torch.Tensor, target: torch.Tensor, what: str) -> None:
-    if source.shape != target.shape:
-        raise ConfigurationError(
-            f"the teacher's {what} is {list(source.shape)} and the student's {list(target.shape)}: "
-            "leave hidden_size and vocab_size as they are"
-        )
-    target.copy_(source)
+    layers = config.student_num_hidden_layers or 4
+    return build(teacher, layers, warm_start=config.warm_start, **overrides)
 
 
 def _layer_list(model: nn.Module, total: int) -> str:
