@@ -24,6 +24,7 @@ RANKS = {
     "evaluate": 6,
     "report": 7,
     "scale": 7,
+    "batch": 7,
     "bench": 8,
     "cli": 9,
 }

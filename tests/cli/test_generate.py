@@ -85,9 +85,12 @@ def test_chat_text_and_json_on_standard_output(capsys, zoo_folder):
     assert row["stats"]["steps"] >= 1
 
 
-def test_prompt_over_the_context_is_named_and_nothing_is_written(capsys, tmp_path, zoo_folder):
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_prompt_over_the_context_is_named(capsys, tmp_path, zoo_folder, on_error):
     file, out = tmp_path / "long.txt", tmp_path / "out.jsonl"
-    file.write_text("short\n" + "word " * 9000 + "\n")
-    assert cli.run(["generate", str(zoo_folder), "-i", str(file), "-o", str(out)]) == 2
-    assert "prompt 2: " in capsys.readouterr().err
-    assert not list(tmp_path.glob("out*"))
+    file.write_text("short\n" + "word " * 9000 + "\nlast\n")
+    arguments = ["-i", str(file), "-o", str(out), "--max-new-tokens", "2", "--on-error", on_error]
+    assert cli.run(["generate", str(zoo_folder), *arguments]) == (2 if on_error == "stop" else 0)
+    assert "line 2" in capsys.readouterr().err
+    found = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    assert found == (["short"] if on_error == "stop" else ["short", "last"])

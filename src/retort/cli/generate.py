@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from retort.decode.engine import Engine
     from retort.decode.request import RequestOutput, SamplingParams
 
-Rows = list[dict[str, Any]]
+_RESUME = ("model", "chat", "max_new_tokens", "dtype")  # what changes rows
 
 
 def add_to(app: typer.Typer) -> None:
@@ -31,11 +29,19 @@ def generate(
     model: Annotated[str, typer.Argument(help="A zoo name, a folder or a hub id.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May repeat.")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--input", "-i", help="Prompts: .txt (one a line) or .jsonl.")
+        Path | None,
+        typer.Option("--input", "-i", help="Prompts: .txt (one a line), .jsonl, or - for stdin."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write JSON Lines here, whole.")
+        Path | None,
+        typer.Option("--output", "-o", help="JSON Lines, row by row in order; - for stdout."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin --output anew instead of going on with it.")
+    ] = False,
+    on_error: Annotated[
+        str, typer.Option(help="What a line does that cannot be answered: stop or skip.")
+    ] = "stop",
     chat: Annotated[
         bool, typer.Option("--chat", help="Send each text through the model's chat template.")
     ] = False,
@@ -58,7 +64,8 @@ def generate(
     """Complete prompts greedily, many at once.
 
     Texts are completed as they stand; messages, and texts with --chat, go through the model's
-    chat template.
+    chat template. Lines in OpenAI's batch format are answered in that format. A run that was
+    killed goes on where it stopped when the same command is given again.
 
     Examples:
 
@@ -66,24 +73,38 @@ def generate(
 
         retort generate smollm2-135m-instruct -i prompts.jsonl -o out.jsonl --drafter prompt-lookup
     """
-    given = locals()
-    prompts = _collect(prompt or [], prompts_file, chat)
-    _check_output(output)
+    given = dict(locals())
+    if on_error not in ("stop", "skip"):
+        raise ConfigurationError(f"--on-error {on_error!r} is neither stop nor skip")
+    if not prompt and prompts_file is None:
+        raise ConfigurationError("no prompt; give --prompt TEXT or --input FILE")
     budget = parse_budget(draft_budget)
-
-    say(f"Loading {model}")
-    from retort.decode.engine import Engine
-    from retort.decode.request import SamplingParams
-
     options: dict[str, Any] = {
         "drafter": drafter,
         "draft_budget": budget,
         "max_batch_size": max_batch_size,
     }
     options |= {"dtype": dtype, "device": device, "cpu_backend": cpu_backend}
-    with Engine.from_pretrained(model, trust_remote_code=trust_remote_code, **options) as engine:
-        outputs = complete(engine, prompts, SamplingParams(max_new_tokens=max_new_tokens))
-    _deliver(_rows(prompts, outputs), output, as_json, given)
+    options["trust_remote_code"] = trust_remote_code
+    if prompts_file == Path("-") and output is None:
+        output = Path("-")
+    if output is None:
+        _to_terminal(given, options)
+    else:
+        from retort.cli.batch import run_batch
+
+        raise typer.Exit(run_batch({**given, "output": output}, options))
+
+
+def _to_terminal(given: dict[str, Any], options: dict[str, Any]) -> None:
+    prompts = _collect(given["prompt"] or [], given["prompts_file"], given["chat"])
+    say(f"Loading {given['model']}")
+    from retort.decode.engine import Engine
+    from retort.decode.request import SamplingParams
+
+    with Engine.from_pretrained(given["model"], **options) as engine:
+        params = SamplingParams(max_new_tokens=given["max_new_tokens"])
+        _show(prompts, complete(engine, prompts, params), given["as_json"])
 
 
 def parse_budget(text: str) -> str | int:
@@ -128,57 +149,19 @@ def _add(engine: Engine, number: int, prompt: Prompt, params: SamplingParams) ->
 
 def _collect(texts: list[str], file: Path | None, chat: bool) -> list[Prompt]:
     prompts: list[Prompt] = [*texts, *(read_prompts(file) if file is not None else [])]
-    if not prompts:
-        raise ConfigurationError("no prompt; give --prompt TEXT or --input FILE")
     if not chat:
         return prompts
     return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
 
 
-def _check_output(output: Path | None) -> None:
-    """Find out before the work whether the file can be written."""
-    if output is None:
-        return
-    special = output.exists() and not output.is_file()
-    if special or not output.absolute().parent.is_dir():
-        raise ConfigurationError(f"--output {output}: it must be a file in a folder that exists")
+def _show(prompts: Sequence[Prompt], outputs: Iterable[RequestOutput], as_json: bool) -> None:
+    from retort.batch.rows import output_row
 
-
-def _rows(prompts: Sequence[Prompt], outputs: Sequence[RequestOutput]) -> Rows:
-    return [
-        {
-            "index": index,
-            "prompt": prompt,
-            "text": output.text,
-            "token_ids": list(output.token_ids),
-            "finish_reason": output.finish_reason,
-            "stats": asdict(output.stats),
-        }
-        for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
-    ]
-
-
-def _deliver(rows: Rows, output: Path | None, as_json: bool, given: dict[str, Any]) -> None:
-    if output is not None:
-        _write(rows, output, given)
-    if as_json:
-        for row in rows:
-            print_json(row)
-    elif output is None:
-        for row in rows:
-            print(row["text"] if len(rows) == 1 else f"[{row['index']}] {row['text']}")
-
-
-def _write(rows: Rows, output: Path, given: dict[str, Any]) -> None:
-    from retort.provenance import Provenance, write_json, write_whole
-
-    def lines(file: TextIO) -> None:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    record = Provenance.collect(given)
-    write_json(output.with_name(output.name + ".provenance.json"), record.to_dict())
-    write_whole(output, lines)
-    say(f"Wrote {len(rows)} rows to {output}")
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        if as_json:
+            print_json(output_row(index, prompt, output))
+        else:
+            print(output.text if len(prompts) == 1 else f"[{index}] {output.text}")
 
 
 @contextmanager

@@ -8,9 +8,7 @@ from typing import Any
 
 from retort.errors import ConfigurationError
 
-Prompt = str | list[dict[str, Any]]
-
-_KEYS = ("prompt", "messages", "text")
+Prompt = str | list[int] | list[dict[str, Any]]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -44,21 +42,9 @@ def _parse(path: Path, number: int, line: str) -> Prompt:
         row = json.loads(line)
     except ValueError as error:
         raise ConfigurationError(f"{path} line {number} is not JSON: {error}") from error
-    found = [row[key] for key in _KEYS if isinstance(row, dict) and key in row]
-    if not found:
-        raise ConfigurationError(f"{path} line {number} has none of {', '.join(_KEYS)}")
-    if not found[0] or not (isinstance(found[0], str) or _is_messages(found[0])):
-        raise ConfigurationError(
-            f"{path} line {number}: a prompt is non-empty text or a list of messages, "
-            "each with role and content"
-        )
-    return found[0]
+    from retort.batch.rows import prompt_of
 
-
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in value
-    )
+    try:
+        return prompt_of(row)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path} line {number} {error}") from None

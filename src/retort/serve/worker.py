@@ -64,10 +64,9 @@ class Worker:
         on_gone: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine, self.channel = engine, channel
-        self.max_model_len = _context(engine, options)
-        self.capacity = options.max_cache_tokens or options.max_num_seqs * self.max_model_len
+        self._options = options
         self._max_rows = options.max_num_seqs
-        self._eos = _end_tokens(engine)
+        self._eos = end_tokens(engine)
         self._inbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
         self._waiting: deque[tuple[Add, float]] = deque()
         self._rows: dict[str, Row] = {}
@@ -77,7 +76,7 @@ class Worker:
     def run(self) -> None:
         """Serve until told to stop."""
         threading.Thread(target=self._listen, name="retort-listen", daemon=True).start()
-        self.channel.send(self._ready())
+        self.channel.send(describe(self.engine, self._options))
         while not self._stopped:
             touched = self._take_messages()
             rejected = self._admit()
@@ -132,7 +131,7 @@ class Worker:
         drafter = "default" if add.speculate else None
         self.engine.add_request(
             add.prompt,
-            _params(add, self._eos),
+            params_of(add, self._eos),
             request_id=add.id,
             drafter=drafter,
             sample=add.sample,
@@ -158,15 +157,6 @@ class Worker:
         for row in self._rows.values():
             row.request.finish_reason, row.request.error = "error", str(error)
             self.engine.abort(row.add.id)
-
-    def _ready(self) -> Ready:
-        return Ready(
-            vocab_size=self.engine.model.config.get_text_config().vocab_size,
-            max_model_len=self.max_model_len,
-            capacity=self.capacity,
-            speculates=self.engine.drafting.default is not None,
-            backend=self.engine.target.backend.name,
-        )
 
     def _gauges(self) -> Gauges:
         stats, scheduler = self.engine.stats, self.engine.scheduler
@@ -236,7 +226,19 @@ def main(descriptor: int) -> int:
     return 0
 
 
-def _context(engine: Engine, options: Configure) -> int:
+def describe(engine: Engine, options: Configure) -> Ready:
+    """What the HTTP process must know of an engine."""
+    longest = context_of(engine, options)
+    return Ready(
+        vocab_size=engine.model.config.get_text_config().vocab_size,
+        max_model_len=longest,
+        capacity=options.max_cache_tokens or options.max_num_seqs * longest,
+        speculates=engine.drafting.default is not None,
+        backend=engine.target.backend.name,
+    )
+
+
+def context_of(engine: Engine, options: Configure) -> int:
     """The longest prompt with its completion that can be served."""
     from retort.decode.support import max_length
 
@@ -246,7 +248,8 @@ def _context(engine: Engine, options: Configure) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def _end_tokens(engine: Engine) -> list[int]:
+def end_tokens(engine: Engine) -> list[int]:
+    """Ids that end a row where a request names none."""
     model = engine.model
     configs = (getattr(model, "generation_config", None), model.config.get_text_config())
     given = (getattr(config, "eos_token_id", None) for config in configs)
@@ -254,7 +257,7 @@ def _end_tokens(engine: Engine) -> list[int]:
     return [found] if isinstance(found, int) else list(found)
 
 
-def _params(add: Add, eos: list[int]) -> SamplingParams:
+def params_of(add: Add, eos: list[int]) -> SamplingParams:
     """Stop ids end a row even where the model's own end token is ignored."""
     if not add.stop_token_ids:
         return add.sampling.params()
