@@ -18,6 +18,7 @@ def reference() -> str:
     """The whole page in Markdown."""
     lines = ["# Reference", "", "Written by `make docs`; do not edit.", "", "## Command line", ""]
     lines += [*command_line(), "## `DistillConfig`", "", *distill_config()]
+    lines += ["", "## `PretrainConfig`", "", *pretrain_config()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -44,19 +45,35 @@ def parameter(parameter: Any) -> str:
 
 def distill_config() -> Iterator[str]:
     """Our own fields; transformers' are in its documentation."""
-    from transformers import TrainingArguments
-
     from retort.distill.config import DistillConfig
 
     yield from (
         "Keywords in Python, flags of `retort distill` and keys of its YAML file, on top of "
         "transformers' `TrainingArguments`. A default of `None` means: the method's own.",
         "",
-        "| field | default | meaning |",
-        "|---|---|---|",
+        *own_fields(DistillConfig),
     )
+
+
+def pretrain_config() -> Iterator[str]:
+    """The same for pretraining."""
+    from retort.pretrain.config import PretrainConfig
+
+    yield from (
+        "Keywords in Python, flags of `retort pretrain` and keys of its recipes, on top of "
+        "transformers' `TrainingArguments`.",
+        "",
+        *own_fields(PretrainConfig),
+    )
+
+
+def own_fields(kind: Any) -> Iterator[str]:
+    """A table of what a configuration adds to `TrainingArguments`, or sets differently."""
+    from transformers import TrainingArguments
+
+    yield from ("| field | default | meaning |", "|---|---|---|")
     theirs = {f.name: default_of(f) for f in fields(TrainingArguments)}
-    for f in fields(DistillConfig):
+    for f in fields(kind):
         if f.name not in theirs or default_of(f) != theirs[f.name]:
             yield row(f"`{f.name}`", default_of(f), f.metadata.get("help", ""))
 
