@@ -78,8 +78,8 @@ def kill(folder, tmp_path, count, kills):
     assert len(out.read_text().splitlines()) == count
 
 
-def test_killed_three_times_equals_an_unbroken_run(folder, tmp_path):
-    kill(folder, tmp_path, count=120, kills=3)
+def test_killed_twice_equals_an_unbroken_run(folder, tmp_path):
+    kill(folder, tmp_path, count=60, kills=2)
 
 
 @pytest.mark.slow
