@@ -108,6 +108,23 @@ def test_no_worker_outlives_its_server(folder):
         tiny.eventually(lambda: not alive(worker), 20)
 
 
+def test_an_engine_killed_while_it_loads_is_one_clear_line(folder):
+    command = [sys.executable, "-m", "retort", "serve", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+
+    def started():
+        with open(children, encoding="ascii") as file:
+            return file.read().split()
+
+    tiny.eventually(started, 60)
+    os.kill(int(started()[0]), signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, said
+    assert "the engine process ended before it was ready" in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "retort", "serve", *arguments],

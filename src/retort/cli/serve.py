@@ -9,6 +9,7 @@ import typer
 
 from retort.cli.generate import parse_budget
 from retort.cli.output import say
+from retort.cli.speculation import SpecConfig, SpecMethod, SpecModel, SpecTokens, drafting
 from retort.errors import ConfigurationError
 
 _NEEDS = ("starlette", "uvicorn", "httptools", "msgspec", "prometheus_client")
@@ -28,6 +29,10 @@ def serve(
     draft_budget: Annotated[
         str, typer.Option(help="auto, counts (auto without a clock), or draft tokens a row.")
     ] = "auto",
+    spec_method: SpecMethod = None,
+    spec_model: SpecModel = None,
+    spec_tokens: SpecTokens = None,
+    speculative_config: SpecConfig = None,
     host: Annotated[str, typer.Option(help="Address; others reach it only if you say so.")] = (
         "127.0.0.1"
     ),
@@ -104,11 +109,12 @@ def _run(given: dict[str, Any]) -> int:
     least, most = given["max_model_len"], given["max_cache_tokens"]
     if least and most and most < least:
         raise ConfigurationError("--max-cache-tokens must be at least --max-model-len")
+    drafter, budget = drafting(given)
     engine = {name: given[name] for name in Configure.__struct_fields__}
     engine["model"] = locate(given["model"], say)  # fetches a zoo model; a wrong name ends here
     template = given["chat_template"]
     options = ServeOptions(
-        Configure(**{**engine, "draft_budget": parse_budget(given["draft_budget"])}),
+        Configure(**{**engine, "drafter": drafter, "draft_budget": parse_budget(budget)}),
         names=given["served_model_name"] or [_public_name(given["model"])],
         api_keys=[*(given["api_key"] or []), *_keys(given["api_key_file"])],
         chat_template=None if template is None else _read(template, "--chat-template"),

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -175,7 +176,8 @@ def start_worker(options: Configure) -> tuple[subprocess.Popen[bytes], socket.so
     with theirs:
         command = [sys.executable, "-m", "retort.serve.worker", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-    ours.sendall(frame(options))
+    with suppress(ConnectionError):  # it died at once, which `connect` finds out
+        ours.sendall(frame(options))
     return process, ours
 
 
