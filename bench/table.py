@@ -11,7 +11,7 @@ from pathlib import Path
 
 HEAD = (
     "| batch | arm | tokens/s | ratio [95 %] | tokens a step | padding | accepted / drafted "
-    "| equal |\n|---|---|---|---|---|---|---|---|"
+    "| prompts, s | equal |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -49,7 +49,7 @@ def line(row: dict) -> str:
     return (
         f"| {row['batch_size']} | {row['arm']} | {row['tokens_per_second']:.0f} | {interval} "
         f"| {row['tokens_per_step']:.2f} | {row['padding_share']:.0%} "
-        f"| {row['accepted_tokens']} / {row['draft_tokens']} "
+        f"| {row['accepted_tokens']} / {row['draft_tokens']} | {row['prefill_seconds']:.2f} "
         f"| {'yes' if row['equal_to_plain'] else 'no'} |"
     )
 

@@ -75,9 +75,11 @@ TRANSFORMERS = ("transformers", "transformers assisted", "transformers continuou
 ARMS = (*ENGINES, *TRANSFORMERS)
 
 
-def build_engine(model: Any, name: str, max_batch_size: int) -> Engine:
-    """The engine of an arm, on a model of its own."""
+def build_engine(model: Any, name: str, max_batch_size: int, prefix_tokens: int = 0) -> Engine:
+    """The engine of an arm, on a model of its own; see `Engine` for ``prefix_tokens``."""
     engine_class, options = ENGINES[name]
+    if prefix_tokens and engine_class is Engine:
+        options = {**options, "prefix_cache_tokens": prefix_tokens}
     drafter = options.get("drafter")
     if drafter is Hopeless:
         drafter = Hopeless()

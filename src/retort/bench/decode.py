@@ -56,8 +56,9 @@ def _arms(options: Namespace) -> dict[str, Arm]:
         raise ConfigurationError(f"--arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
     load = partial(zoo.load_model, options.model, dtype="float32")
     size = max(options.batch_sizes)
+    kept = 4 * size * options.prompt_tokens if options.keep_prefixes else 0
     arms = {
-        name: engine_arm(build_engine(load(), name, size))
+        name: engine_arm(build_engine(load(), name, size, kept))
         if name in ENGINES
         else transformers_arm(load(), name)
         for name in options.arms
@@ -122,5 +123,6 @@ def _line(result: ArmResult) -> str:
         f"{result.batch_size:3} {result.arm:22} {result.tokens_per_second:7.1f} tokens/s "
         f"{result.tokens_per_step:5.2f} a step  ratio {result.ratio:.2f} "
         f"[{result.ratio_low:.2f}, {result.ratio_high:.2f}]  padding {result.padding_share:4.0%}  "
-        f"accepted {result.accepted_tokens}/{result.draft_tokens}  equal {result.equal_to_plain}"
+        f"accepted {result.accepted_tokens}/{result.draft_tokens}  "
+        f"prompts {result.prefill_seconds:.2f} s  equal {result.equal_to_plain}"
     )

@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt-tokens", type=int, default=400, help="longest prompt")
     add("--max-new-tokens", type=int, default=128)
     add("--repeats", type=int, default=5, help="interleaved rounds")
+    add("--keep-prefixes", action="store_true", help="read each prompt once: only decoding counts")
     add("--threads", type=int, help="default: all that torch takes")
     add("--openvino", help="Python of an environment with openvino-genai")
     add("--openvino-model", help="the model, exported")

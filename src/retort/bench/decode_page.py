@@ -9,7 +9,18 @@ from retort.bench.page import document
 from retort.report.bars import Bar, BarPlot, draw
 from retort.report.html import Markup, element, table
 
-_HEAD = ("batch", "arm", "tokens/s", "ratio", "95 %", "a step", "padding", "accepted", "equal")
+_HEAD = (
+    "batch",
+    "arm",
+    "tokens/s",
+    "ratio",
+    "95 %",
+    "a step",
+    "padding",
+    "accepted",
+    "prompts s",
+    "equal",
+)
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:
@@ -57,5 +68,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['tokens_per_step']:.2f}",
         f"{row['padding_share']:.0%}",
         f"{row['accepted_tokens']} / {row['draft_tokens']}",
+        f"{row['prefill_seconds']:.2f}",
         "yes" if row["equal_to_plain"] else "no",
     )
