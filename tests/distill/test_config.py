@@ -1,5 +1,7 @@
 """The configuration: presets, overrides, and errors that name the key."""
 
+import importlib.util
+
 import pytest
 import yaml
 from transformers import HfArgumentParser
@@ -92,6 +94,14 @@ def test_the_papers_constants_are_the_defaults(tmp_path):
 def test_a_wrong_value_is_named_in_one_line(tmp_path, values, named):
     with pytest.raises(ConfigurationError, match=named) as caught:
         build(tmp_path, **values)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reporter_that_is_not_installed_is_named_in_one_line(tmp_path):
+    if importlib.util.find_spec("clearml"):
+        pytest.skip("clearml is installed")
+    with pytest.raises(ConfigurationError, match=r"(?i)clearml") as caught:
+        build(tmp_path, report_to="clearml")
     assert "\n" not in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retort.distill.losses import (
     IGNORED,
@@ -20,13 +21,17 @@ from retort.errors import ConfigurationError
 from tests.distill import naive
 
 
+class Wrapped(nn.Linear):
+    """Not a plain linear layer to `fused.fits`, so that torch's checkpoint recomputes."""
+
+
 class Setup:
     """Hidden states and heads of a student (V = 29) and a teacher (V = 31), 13 rows."""
 
-    def __init__(self, dtype, rows=13):
+    def __init__(self, dtype, rows=13, plain=True):
         generator = torch.manual_seed(0)
         self.hidden = torch.randn(rows, 6, dtype=dtype, requires_grad=True)
-        self.head = nn.Linear(6, 29, bias=False, dtype=dtype)
+        self.head = (nn.Linear if plain else Wrapped)(6, 29, bias=plain, dtype=dtype)
         self.teacher = HeadSignal(
             2 * torch.randn(rows, 10, dtype=dtype), nn.Linear(10, 31, dtype=dtype)
         )
@@ -35,7 +40,7 @@ class Setup:
         self.pairs = torch.rand(rows) < 0.7
         self.network = BandNetwork().to(dtype)
         nn.init.normal_(self.network.outer.weight, std=0.5)
-        self.parameters = [self.hidden, self.head.weight, *self.network.parameters()]
+        self.parameters = [self.hidden, *self.head.parameters(), *self.network.parameters()]
 
     def terms(self):
         kd = DivergenceTerm(divergence("jsd", beta=0.4))
@@ -55,8 +60,11 @@ class Setup:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("chunk_size", [1, 5, 13, 100])
-def test_value_count_statistics_and_gradient_equal_the_whole(dtype, tolerance, top_k, chunk_size):
-    setup = Setup(dtype)
+@pytest.mark.parametrize("plain", [True, False])
+def test_value_count_statistics_and_gradient_equal_the_whole(
+    dtype, tolerance, top_k, chunk_size, plain
+):
+    setup = Setup(dtype, plain=plain)
     (whole, whole_grads), (parts, part_grads) = (setup.run(s, top_k) for s in (None, chunk_size))
     assert list(whole) == ["sft", "kd", "dac", "span", "acceptance"]
     for name, term in whole.items():
@@ -113,6 +121,67 @@ def test_without_gradient_values_are_the_same():
         quiet = chunked_loss(setup.hidden, setup.head, setup.targets, [SftTerm()], chunk_size=4)
     torch.testing.assert_close(quiet["sft"].total, naive.sft_sum(
         setup.head(setup.hidden).detach(), setup.targets))  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "network"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen):
+    setup = Setup(torch.float64)
+    _, whole = setup.run(None)
+    kept = [setup.hidden, setup.head.weight, *setup.network.parameters()]
+    off = {"hidden": [setup.hidden], "weight": [setup.head.weight]}.get(frozen, kept[2:])
+    for parameter in off:
+        parameter.requires_grad_(False)
+    wanted = [i for i, p in enumerate(setup.parameters) if p.requires_grad]
+    setup.parameters = [setup.parameters[i] for i in wanted]
+    _, parts = setup.run(5)
+    torch.testing.assert_close(parts, tuple(whole[i] for i in wanted))
+
+
+def test_one_terms_gradient_is_its_own():
+    setup = Setup(torch.float64)
+    for name in ("sft", "kd", "dac", "span"):
+        ends = []
+        for size in (None, 5):
+            sums = chunked_loss(
+                setup.hidden, setup.head, setup.targets, setup.terms(),
+                signal=setup.teacher, pairs=setup.pairs, chunk_size=size,
+            )  # fmt: skip
+            ends.append(torch.autograd.grad(2 * sums[name].total, [setup.hidden, setup.head.bias]))
+        torch.testing.assert_close(ends[1], ends[0])
+
+
+def test_autocast_holds_in_the_backward_pass_too():
+    setup, ends = Setup(torch.float32), []
+    for size in (None, 5):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            sums = chunked_loss(
+                setup.hidden, setup.head, setup.targets, [SftTerm()], chunk_size=size
+            )
+        ends.append(torch.autograd.grad(sums["sft"].total, [setup.hidden, setup.head.weight]))
+        assert all(g.dtype == torch.float32 for g in ends[-1])
+    torch.testing.assert_close(ends[1], ends[0], rtol=2e-2, atol=2e-2)
+
+
+def test_the_heads_gradient_has_one_buffer():
+    """However many chunks there are, no second tensor of the weight's size is made."""
+    setup = Setup(torch.float32, rows=40)
+    size, made = setup.head.weight.shape, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape in (size, size[::-1]):
+                made.append((out.untyped_storage().data_ptr(), func))
+            return out
+
+    sums = chunked_loss(
+        setup.hidden, setup.head, setup.targets, setup.terms(),
+        signal=setup.teacher, pairs=setup.pairs, chunk_size=3,
+    )  # fmt: skip
+    with Watch():
+        sums["kd"].total.backward()
+    own = {place for place, _ in made} - {setup.head.weight.untyped_storage().data_ptr()}
+    assert own == {setup.head.weight.grad.untyped_storage().data_ptr()}
 
 
 def test_bad_input_is_named():

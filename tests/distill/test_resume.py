@@ -175,7 +175,7 @@ def test_the_command_killed_inside_a_save_goes_on_exactly(parts, tmp_path, place
     assert checkpoint.newest(broken).name == "checkpoint-3"
     run(settings(parts, broken))
     run(settings(parts, whole))
-    assert not list(broken.glob(".*"))
+    assert [path.name for path in broken.glob(".*")] == [checkpoint.LOCK]
     assert_equal_runs(whole, broken)
 
 
@@ -231,3 +231,47 @@ def test_tokenizers_that_differ_are_refused(parts, tmp_path):
     made = settings(parts, tmp_path / "run", model_name_or_path=str(tmp_path / "other"))
     with pytest.raises(ConfigurationError, match="tokenizers differ at id"):
         run(made)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from retort.distill import checkpoint
+with checkpoint.alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(parts, tmp_path):
+    folder, made = tmp_path / "run", settings(parts, tmp_path / "run", max_steps=1)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigurationError, match="another run is writing to") as caught:
+            run(made)
+        assert "\n" not in str(caught.value)
+        assert [path.name for path in folder.iterdir()] == [checkpoint.LOCK]
+    finally:
+        other.kill()
+        other.communicate()
+    assert (run(made) / "model.safetensors").is_file()
+
+
+def test_a_drafter_with_another_vocabulary_is_refused_before_the_first_step(parts, tmp_path):
+    llama(3, vocab_size=264).save_pretrained(tmp_path / "other")
+    made = settings(parts, tmp_path / "run", rollout_drafter=str(tmp_path / "other"))
+    with pytest.raises(ConfigurationError, match="vocabulary of 264") as caught:
+        run(made)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run" / "training.jsonl").exists()
+
+
+def test_an_earlier_checkpoint_of_the_student_drafts_and_changes_no_text(parts, tmp_path):
+    plain = settings(parts, tmp_path / "plain", method="rkl")
+    first = run(plain) / "checkpoint-3"
+    drafted = run(settings(parts, tmp_path / "b", method="rkl", rollout_drafter=str(first)))
+    folders = (tmp_path / "plain", drafted)
+    ends = [[x["rollout/tokens"] for x in log(f) if "loss" in x] for f in folders]
+    assert ends[0] == ends[1]
+    for name, value in final(tmp_path / "plain").items():
+        torch.testing.assert_close(final(drafted)[name], value, rtol=1e-3, atol=1e-5)

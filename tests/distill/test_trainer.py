@@ -251,10 +251,15 @@ def test_every_promised_name_is_logged_and_the_report_reads_it(tmp_path):
         "rollout/tokens",
     ]
     names += ["time/rollout", "time/teacher", "time/train"]
-    names += [f"dac/{n}" for n in ("coverage", "width", "hidden_share")]
+    names += [f"dac/{n}" for n in ("coverage", "width", "lower", "upper", "hidden_share")]
     names += ["scrg/corrected", "scrg/regenerated_tokens", "scrg/share_without_error"]
     names += ["scrg/nll_before", "scrg/nll_after"]
     assert set(names) <= set(record)
+    assert record["dac/upper"] - record["dac/lower"] == pytest.approx(record["dac/width"])
+    assert (
+        record["scrg/per_1000_tokens"]
+        == 1000 * record["scrg/corrected"] / (record["rollout/tokens"])
+    )
     assert any("span" in r for r in logged(tmp_path))
     held_out = next(r for r in logged(tmp_path) if "eval_loss" in r)
     assert {"eval_sft", "eval_dac", "eval_acceptance"} <= set(held_out)

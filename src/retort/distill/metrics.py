@@ -83,6 +83,7 @@ def scrg_numbers(sums: Mapping[str, float]) -> Sums:
         return {}
     found = {
         "scrg/corrected": sums["scrg.corrected"],
+        "scrg/per_1000_tokens": 1000 * sums["scrg.corrected"] / max(sums["scrg.tokens_before"], 1),
         "scrg/regenerated_tokens": sums["scrg.regenerated_tokens"],
         "scrg/share_without_error": sums["scrg.without_error"] / sums["scrg.texts"],
         "scrg/nll_before": sums["scrg.nll_before"] / max(sums["scrg.tokens_before"], 1),
@@ -106,6 +107,8 @@ def numbers(sums: Mapping[str, float]) -> Sums:
 def _dac(sums: Mapping[str, float]) -> Sums:
     count, full = sums["dac.count"], sums["dac.full_kl"]
     return {
+        "dac/lower": sums["dac.lower"] / count,
+        "dac/upper": sums["dac.upper"] / count,
         "dac/coverage": sums["dac.coverage"] / count,
         "dac/width": sums["dac.width"] / count,
         "dac/widened": sums["dac.widened"] / count,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,16 @@ def run(config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     ConfigurationError, before anything is trained, for what does not fit together.
     """
     folder = Path(config.output_dir or "")
-    start = config.resume_from_checkpoint or checkpoint.newest(folder)
     trainer = build_trainer(config, callbacks)
     if callbacks:
         trainer.remove_callback(PrinterCallback)  # what is given shows the run
-    if trainer.args.should_save:
-        checkpoint.clean(folder)
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
-    trainer.save_model()
-    trainer.save_state()
+    with checkpoint.alone(folder) if trainer.args.should_save else nullcontext():
+        start = config.resume_from_checkpoint or checkpoint.newest(folder)
+        if trainer.args.should_save:
+            checkpoint.clean(folder)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        trainer.save_model()
+        trainer.save_state()
     return folder
 
 

@@ -39,8 +39,9 @@ def check_training(config: TrainingArguments, check: Callable[[], None]) -> None
         raise ConfigurationError("max_steps=0 trains nothing: give at least 1, or -1 for all")
     try:
         check()
-        get_reporting_integration_callbacks(config.report_to)
-    except (ValueError, TypeError) as error:
+        for callback in get_reporting_integration_callbacks(config.report_to):
+            callback()  # says what is not installed
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigurationError(" ".join(str(error).split())) from error
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "run_state.json"
 TENSORS = "run_state.safetensors"
+LOCK = ".lock"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial"
 
@@ -54,6 +56,26 @@ def step_of(path: str | Path) -> int:
     if found is None:
         raise ConfigurationError(f"{path} is not named like a checkpoint (checkpoint-100)")
     return int(found[1])
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` against other processes; may be nested. The system frees a killed one's.
+
+    Raises ConfigurationError at once where another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigurationError(
+            f"another run is writing to {folder}: wait for it, or choose another output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

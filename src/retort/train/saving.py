@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,18 @@ class WholeCheckpointTrainer(Trainer):
     ) -> TrainOutput:
         """transformers' `train`; ``True`` takes the newest *complete* checkpoint.
 
-        Raises ConfigurationError when the one that is named is damaged or there is none.
+        Raises ConfigurationError when the one that is named is damaged or there is none, and when
+        another process trains in the same folder.
         """
+        with checkpoint.alone(self._folder) if self.args.should_save else nullcontext():
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(
+        self,
+        resume_from_checkpoint: str | bool | None,
+        trial: Any,
+        ignore_keys_for_eval: list[str] | None,
+    ) -> TrainOutput:
         start: str | None = None
         if resume_from_checkpoint is True:
             newest = checkpoint.newest(self._folder)

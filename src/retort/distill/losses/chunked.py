@@ -2,7 +2,8 @@
 
 The logits of N tokens over V ids are the largest tensors of distillation, and there are several
 of each model. Here the head runs on `chunk_size` rows at a time and everything after it is
-recomputed in the backward pass (torch.utils.checkpoint), so that [N, V] never exists for either
+recomputed in the backward pass (`fused`, or torch.utils.checkpoint where the head is more than a
+linear layer), so that [N, V] never exists for either
 model. Values and gradients are those of one chunk of N rows up to the order of summation.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from retort.distill.losses.fused import fits, fused_sums
 from retort.distill.losses.rows import IGNORED, Term, TermSum, TokenRows
 from retort.distill.signals import Head, SignalSource, at_least_float32
 from retort.errors import ConfigurationError
@@ -56,8 +59,11 @@ def chunked_loss(
     inputs = _Inputs(student_hidden, student_head, targets, signal, pairs, temperature)
     inputs.check()
     size = chunk_size or max(len(targets), 1)
+    starts = range(0, max(len(targets), 1), size)
+    if chunk_size is not None and torch.is_grad_enabled() and fits(student_head):
+        return _fused(inputs, terms, starts, size)
     sums: dict[str, TermSum] = {}
-    for start in range(0, max(len(targets), 1), size):
+    for start in starts:
         part = _chunk_sums(inputs, terms, start, size, recompute=chunk_size is not None)
         sums = {name: sums[name] + part[name] if sums else part[name] for name in part}
     return sums
@@ -79,12 +85,12 @@ class _Inputs:
         if len(set(lengths.values())) > 1:
             raise ConfigurationError(f"Numbers of rows differ: {lengths}.")
 
-    def rows(self, hidden: Tensor, start: int, size: int) -> TokenRows:
+    def rows(self, logits: Tensor, start: int, size: int) -> TokenRows:
         """Rows start … start + size − 1; one more row, which pairs may need, counts nowhere."""
-        stop = start + len(hidden)
-        own = torch.arange(start, stop, device=hidden.device) < start + size
+        stop = start + len(logits)
+        own = torch.arange(start, stop, device=logits.device) < start + size
         return TokenRows(
-            student_logits=self.head(hidden),
+            student_logits=logits,
             targets=self.targets[start:stop].where(own, IGNORED),
             signal=None if self.signal is None else self.signal.rows(start, stop),
             pairs=None if self.pairs is None else self.pairs[start:stop] & own,
@@ -92,11 +98,26 @@ class _Inputs:
         )
 
 
+def _fused(
+    inputs: _Inputs, terms: Sequence[Term], starts: Sequence[int], size: int
+) -> dict[str, TermSum]:
+    """The same sums where the head is a plain linear layer, see `fused`."""
+    extra, last = int(inputs.pairs is not None), len(inputs.targets)
+    chunks = [(start, min(start + size + extra, last)) for start in starts]
+
+    def compute(logits: Tensor, number: int) -> dict[str, TermSum]:
+        rows = inputs.rows(logits, starts[number], size)
+        return {term.name: term(rows) for term in terms}
+
+    head = cast("nn.Linear", inputs.head)
+    return fused_sums(inputs.hidden, head, chunks, compute, terms)
+
+
 def _chunk_sums(
     inputs: _Inputs, terms: Sequence[Term], start: int, size: int, recompute: bool
 ) -> dict[str, TermSum]:
     def compute(hidden: Tensor) -> dict[str, TermSum]:
-        rows = inputs.rows(hidden, start, size)
+        rows = inputs.rows(inputs.head(hidden), start, size)
         return {term.name: term(rows) for term in terms}
 
     hidden = inputs.hidden[start : start + size + (inputs.pairs is not None)]
