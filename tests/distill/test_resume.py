@@ -236,7 +236,7 @@ def test_tokenizers_that_differ_are_refused(parts, tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from retort.distill import checkpoint
+from retort.train import checkpoint
 with checkpoint.alone(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
