@@ -49,11 +49,16 @@ def build(source: str | Path | RunRecords, out_path: str | Path | None = None) -
 
 def render(records: RunRecords) -> str:
     """The page as text. The same records give the same text."""
+    return fill(records.heading.title, _body(records))
+
+
+def fill(title: str, body: Markup) -> str:
+    """The template around ``body``."""
     template = files("retort.report").joinpath("page.html").read_text("utf-8")
     parts = {
         "script-hash": _script_hash(template),
-        "title": escape(records.heading.title),
-        "body": _body(records),
+        "title": escape(title),
+        "body": body,
     }
     # One pass, so that a run's text that looks like a placeholder stays text.
     return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: parts[match[1]], template)

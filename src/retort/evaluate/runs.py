@@ -1,0 +1,170 @@
+"""Many runs on many data sets: a cell for each pair, kept by hash, and a table out of them.
+
+A cell is judged once: its file is named by a hash of the model's files, the data, the teacher and
+the settings. A killed evaluation goes on at the first cell that is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from retort.errors import ConfigurationError
+from retort.evaluate.significance import paired_bootstrap
+from retort.manifest import sha256
+from retort.provenance import Provenance, write_json
+
+LOWER_IS_BETTER = ("perplexity", "exposure_bias")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How every cell is judged.
+
+    Attributes:
+        max_new_tokens: most tokens of an answer.
+        max_prompts: the first prompts of a set; None takes all.
+        as_chat: prompts go through the chat template.
+        draft_length: drafts a step where tokens a step are measured.
+        seed: of the sampled texts for exposure bias.
+    """
+
+    max_new_tokens: int = 128
+    max_prompts: int | None = None
+    as_chat: bool = False
+    draft_length: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run against the baseline on one metric of one set; ``verdict`` says who is better."""
+
+    run: str
+    dataset: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    verdict: str
+
+
+def read_rows(path: Path, limit: int | None) -> list[dict[str, Any]]:
+    """Rows of a JSONL file. Raises ConfigurationError naming the row that cannot be judged."""
+    if not path.is_file():
+        raise ConfigurationError(f"--data: there is no file {path}")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise ConfigurationError(f"{path.name}, row {number}: not valid JSON") from error
+        if row is None:
+            continue
+        if not isinstance(row, dict) or not (row.get("prompt") or row.get("text")):
+            raise ConfigurationError(f"{path.name}, row {number}: needs 'prompt' or 'text'")
+        rows.append(row)
+        if len(rows) == limit:
+            break
+    if not rows:
+        raise ConfigurationError(f"{path.name} is empty: give at least one row")
+    return rows
+
+
+def run_seed(run: str) -> int | None:
+    """The training seed that a run's folder records, None where it records none."""
+    try:
+        seeds = json.loads((Path(run) / "provenance.json").read_text("utf-8"))["seeds"]
+        return int(seeds["seed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def cell_hash(model: Path, data: Path, teacher: Path | None, settings: EvaluationSettings) -> str:
+    """Hash of everything that a cell depends on."""
+    parts: dict[str, Any] = {"data": sha256(data), "settings": asdict(settings), "version": 1}
+    for name, folder in ("model", model), ("teacher", teacher):
+        parts[name] = None if folder is None else _folder_hash(folder)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def evaluate_runs(
+    runs: Sequence[str],
+    data: Sequence[Path],
+    output: Path,
+    settings: EvaluationSettings,
+    teacher: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Judge every run on every set and return the table; cells lie in ``output/cells``.
+
+    ``runs`` are run folders, zoo names or hub ids. Raises ConfigurationError, before any model is
+    loaded, for data or a run that is not there, and for runs or sets of one name.
+    """
+    from retort.evaluate.cells import Judge
+    from retort.models import zoo
+
+    for what, names in ("run", list(runs)), ("data set", [path.stem for path in data]):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice or not names:
+            raise ConfigurationError(f"each {what} once, at least one: {twice or 'none is given'}")
+    rows = {path: read_rows(path, settings.max_prompts) for path in data}
+    folders = {run: zoo.resolve(run) for run in runs}
+    guide = None if teacher is None else zoo.resolve(teacher)
+    cells = []
+    for run, folder in folders.items():
+        judge = Judge(folder, guide, settings)
+        for path in data:
+            name = cell_hash(folder, path, guide, settings)
+            file = output / "cells" / f"{name}.json"
+            if not file.is_file():
+                say(f"{run} on {path.stem}")
+                write_json(file, judge.judge(rows[path]))
+            found = json.loads(file.read_text("utf-8"))
+            cells.append(
+                {"run": run, "seed": run_seed(run), "dataset": path.stem, "cell": name, **found}
+            )
+        judge.close()
+    record = Provenance.collect({**asdict(settings), "runs": list(runs)}, {"seed": settings.seed})
+    return {"cells": cells, "teacher": teacher, "provenance": record.to_dict()}
+
+
+def compare(table: dict[str, Any], baseline: str) -> list[Comparison]:
+    """Every run against ``baseline`` by paired bootstrap, wherever both have scores a prompt."""
+    known = {(c["run"], c["dataset"]): c["scores"] for c in table["cells"]}
+    if not any(run == baseline for run, _ in known):
+        raise ConfigurationError(f"--baseline {baseline!r} is none of the runs")
+    found = []
+    for (run, dataset), scores in known.items():
+        base = known[baseline, dataset]
+        for metric in scores if run != baseline else ():
+            if metric in base and len(base[metric]) == len(scores[metric]):
+                found.append(_compared(run, dataset, metric, base[metric], scores[metric]))
+    return found
+
+
+def _compared(run: str, dataset: str, metric: str, base: list, ours: list) -> Comparison:
+    result = paired_bootstrap(base, ours)
+    better = (result.difference > 0) != (metric in LOWER_IS_BETTER)
+    verdict = ("better" if better else "worse") if result.separable else "not separable"
+    return Comparison(run, dataset, metric, result.difference, result.low, result.high, verdict)
+
+
+def _folder_hash(folder: Path) -> dict[str, str]:
+    """Hashes of what decides a model's texts: weights, configuration, tokenizer."""
+    kept = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in kept)
+    skipped = (
+        "provenance",
+        "trainer_state",
+        "corrections",
+        "evaluation",
+        "retort_",
+        ".",
+        "samples",
+    )
+    return {p.name: sha256(p) for p in files if not p.name.startswith(skipped)}
