@@ -73,7 +73,7 @@ def candidates(data):
     for size in (32, 64, 128, 256):
         made[f"chunked, {size}"] = lambda size=size: retort_loss(data, kl, size)
     made["mgsr at once"] = lambda: retort_loss(data, mgsr, None, data.pairs)
-    made["mgsr chunked, 128"] = lambda: retort_loss(data, mgsr, 128, data.pairs)
+    made["mgsr chunked, 64"] = lambda: retort_loss(data, mgsr, 64, data.pairs)
     return made
 
 

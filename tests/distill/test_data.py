@@ -10,7 +10,7 @@ from retort.distill.batch import TrainingSequence, build_batch, stream_mask
 from retort.distill.data import Encoding, collate, end_tokens, load_rows, tokenize, until_eos
 from retort.distill.losses import IGNORED
 from retort.errors import ConfigurationError
-from tests.distill.toys import llama, tokenizer
+from tests.distill.toys import llama, tokenizer, trainer
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
@@ -75,7 +75,7 @@ def test_a_long_completion_loses_its_end_and_its_end_token():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "x"}], "columns"),
+        ([{"question": "x"}], "columns"),
         ([{"prompt": "x"}], "'completion'"),
         ([], "is empty"),
         (
@@ -237,3 +237,45 @@ def test_real_rows_and_the_real_tokenizer_learn_to_stop(data, zoo_tokenizer):
         assert torch.equal(
             batch["targets"][batch["targets"] != IGNORED], torch.tensor(row["completion_ids"])
         )
+
+
+def test_whole_texts_are_learned_from_their_second_token_on(tmp_path):
+    made = trainer(tmp_path, method="sft", rows=[{"text": "hello you"}, {"text": "x"}])
+    tokens, end = made.tokens, made.end_tokens[0]
+    for row, text in zip(made.train_dataset, ("hello you", "x"), strict=True):
+        whole = [*tokens(text)["input_ids"], end]
+        assert (row["prompt_ids"], row["completion_ids"]) == (whole[:1], whole[1:])
+
+
+def test_whole_texts_are_cut_and_empty_ones_named(tmp_path):
+    made = trainer(tmp_path, method="kd", rows=[{"text": "hello you" * 9}], max_length=5)
+    (row,) = made.train_dataset
+    assert len(row["prompt_ids"]) + len(row["completion_ids"]) == 5
+    with pytest.raises(ConfigurationError, match="row 2: column 'text' is empty"):
+        trainer(tmp_path, method="kd", rows=[{"text": "hello"}, {"text": " "}])
+
+
+@pytest.mark.parametrize("method", ["mgsr", "gkd", "seqkd"])
+def test_whole_texts_have_nothing_to_write_after(tmp_path, method):
+    with pytest.raises(ConfigurationError, match="rows of 'text'") as caught:
+        trainer(tmp_path, method=method, rows=[{"text": "hello"}])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_prompt_is_learned_where_it_is_asked_for(tmp_path):
+    plain, whole = (
+        trainer(tmp_path, method="kd", completion_only_loss=only).train_dataset
+        for only in (True, False)
+    )
+    for a, b in zip(plain, whole, strict=True):
+        assert b["prompt_ids"] == a["prompt_ids"][:1]
+        assert b["completion_ids"] == a["prompt_ids"][1:] + a["completion_ids"]
+    with pytest.raises(ConfigurationError, match="completion_only_loss"):
+        trainer(tmp_path, method="gkd", completion_only_loss=False)
+
+
+def test_several_processes_tokenise_alike(tmp_path):
+    one, two = (
+        trainer(tmp_path, method="sft", dataset_num_proc=n).train_dataset for n in (None, 2)
+    )
+    assert one[:] == two[:]

@@ -83,6 +83,9 @@ class DistillConfig(TrainingArguments):
     skip_long_prompts: bool = say(
         False, "Leave out rows whose prompt leaves no room in max_length, instead of refusing them."
     )
+    completion_only_loss: bool = say(
+        True, "Learn the completion only; false: the prompt too (methods without student text)."
+    )
     as_chat: bool = say(False, "Wrap prompts that are plain text as a user's chat message.")
     max_length: int = say(
         1024, "Most tokens of prompt + completion; longer completions are cut, prompts refused."
@@ -135,7 +138,7 @@ class DistillConfig(TrainingArguments):
     span_weight: float | None = say(None, "Weight of the span loss.")
     temperature: float = say(1.0, "Divides both models' logits in all terms but sft.")
     loss_chunk_size: int = say(
-        128, "Tokens whose logits exist at once; 0: all (faster, but holds tokens × vocabulary)."
+        64, "Tokens whose logits exist at once; 0: all (faster, but holds tokens × vocabulary)."
     )
     dac_mode: str = say("learned", "Band of DAC-KL: learned (under the constraint) or fixed.")
     dac_top_k: int = say(64, "K: the teacher's likeliest tokens that DAC-KL looks at.")
@@ -177,6 +180,11 @@ class DistillConfig(TrainingArguments):
         return replace(
             preset(self.method), **{key: value for key, value in given.items() if value is not None}
         )
+
+    @property
+    def learns_whole_rows(self) -> bool:
+        """Whether rows without a prompt can be learned: nothing is written after a prompt."""
+        return not self.recipe.writes and self.recipe.completions == "dataset"
 
     def dac_settings(self) -> DacSettings:
         """The constants of DAC-KL."""
@@ -223,6 +231,11 @@ class DistillConfig(TrainingArguments):
                     f"{key}={getattr(self, key)!r} contradicts method={self.method!r} with "
                     f"lmbda={recipe.lmbda}, by which the student writes nothing: raise lmbda"
                 )
+        if not (self.completion_only_loss or self.learns_whole_rows):
+            raise ConfigurationError(
+                f"completion_only_loss=False contradicts method={self.method!r}: text that is "
+                "written after a prompt has a prompt that is not learned"
+            )
         fault = contradiction(recipe) or self._schedule_fault()
         if fault is not None:
             raise ConfigurationError(f"method={self.method!r}, lmbda={recipe.lmbda!r}: {fault}")

@@ -1,7 +1,8 @@
 """Rows of a dataset to prompt and completion ids, with errors that name the row and the column.
 
 Rows are TRL's: ``{"messages": [...]}``, ``{"prompt": ..., "completion": ...}`` (text or chat
-messages) or, [ours], ``{"prompt": ..., "reference": ...}``, where a list of references counts by
+messages), ``{"text": ...}``, which is learned from its second token on by methods that write
+nothing, or, [ours], ``{"prompt": ..., "reference": ...}``, where a list of references counts by
 its first. Prompt and completion are encoded apart, since the student writes after the prompt's
 ids. A completion ends with its first end-of-sequence token, which is learned like any other.
 """
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("messages", "prompt", "completion", "reference")
+COLUMNS = ("messages", "prompt", "completion", "reference", "text")
 """Columns that are read; all others are ignored."""
 
 
@@ -46,6 +47,8 @@ class Encoding:
         completion: whether rows need a completion.
         as_chat: wrap a text prompt as a user's message.
         skip_long_prompts: leave out rows whose prompt leaves no room.
+        whole: rows of ``text`` are fine; without it something is to be written after a prompt.
+        completion_only: the prompt is read and not learned.
         origin: name of the data in errors.
     """
 
@@ -55,6 +58,8 @@ class Encoding:
     completion: bool = True
     as_chat: bool = False
     skip_long_prompts: bool = False
+    whole: bool = True
+    completion_only: bool = True
     origin: str = field(default="the dataset", compare=False)
 
 
@@ -163,6 +168,13 @@ def _plain(value: Any) -> Any:
 
 
 def _check_columns(names: Sequence[str], encoding: Encoding) -> None:
+    if "text" in names and not {"messages", "prompt"} & set(names):
+        if encoding.whole:
+            return
+        raise ConfigurationError(
+            f"{encoding.origin} has rows of 'text', and this method writes after a prompt: give "
+            "'prompt', or choose sft, kd or another method without student or teacher text"
+        )
     has_prompt = "messages" in names or "prompt" in names
     answers = {"messages", "completion", "reference"} & set(names)
     if not has_prompt or (encoding.completion and not answers):
@@ -172,12 +184,14 @@ def _check_columns(names: Sequence[str], encoding: Encoding) -> None:
 def _missing(origin: str, names: Sequence[str]) -> str:
     return (
         f"{origin} has the columns {list(names)}: rows need 'messages', or 'prompt' with "
-        "'completion' (or 'reference')"
+        "'completion' (or 'reference'), or 'text'"
     )
 
 
 def _encoded(row: dict[str, Any], index: int, encoding: Encoding) -> dict[str, Any]:
     where = f"{encoding.origin}, row {index + 1}"
+    if row.get("prompt") is None and not row.get("messages"):
+        return {"index": index, **_encode_whole(row.get("text"), encoding, where)}
     prompt, completion, column = _parts(row, where, encoding)
     if isinstance(prompt, str):
         prompt_ids, completion_ids = _encode_text(prompt, completion, encoding)
@@ -193,7 +207,19 @@ def _encoded(row: dict[str, Any], index: int, encoding: Encoding) -> dict[str, A
             f"{where}: the prompt has {len(prompt_ids)} tokens and max_length (or the models' "
             f"context) is {encoding.max_length}: shorten it, or set skip_long_prompts"
         )
-    return {"index": index, "prompt_ids": prompt_ids, "completion_ids": completion_ids[:room]}
+    completion_ids = completion_ids[:room]
+    if not encoding.completion_only:
+        prompt_ids, completion_ids = prompt_ids[:1], [*prompt_ids[1:], *completion_ids]
+    return {"index": index, "prompt_ids": prompt_ids, "completion_ids": completion_ids}
+
+
+def _encode_whole(text: Any, encoding: Encoding, where: str) -> dict[str, list[int]]:
+    """The first token stands for the prompt; the end token is learned like any other."""
+    _need(text, where, "prompt" if text is None else "text")
+    ids = [*encoding.tokenizer(text)["input_ids"], encoding.eos_ids[0]][: encoding.max_length]
+    if len(ids) < 2:
+        raise ConfigurationError(f"{where}: max_length={encoding.max_length} leaves no token")
+    return {"prompt_ids": ids[:1], "completion_ids": until_eos(ids[1:], encoding.eos_ids)}
 
 
 def _without_skipped(rows: Dataset, encoding: Encoding) -> Dataset:

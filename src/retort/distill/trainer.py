@@ -380,6 +380,8 @@ def _tokenized(
         completion=evaluating or config.recipe.reads_dataset,
         as_chat=config.as_chat,
         skip_long_prompts=config.skip_long_prompts,
+        whole=evaluating or config.learns_whole_rows,
+        completion_only=config.completion_only_loss,
         origin=Path(origin).name,
     )
     return tokenize(rows, encoding, config.dataset_num_proc)
