@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from torch import Tensor
 from retort.cache.recurrent import RecurrentRowCache, TapeKind, check_tape
 from retort.cache.rows import PackedRows, Spare
 from retort.cache.tape import Pages, Tape, grown
-from retort.ops.segments import Piece
+from retort.ops.native.scan import ScanRows, ragged_scan
+from retort.ops.segments import Piece, Span
 from retort.ops.selective_scan import ScanInputs
 
 EMPTY = -1  # stands for the state before the first token, which needs no slot
@@ -56,7 +58,7 @@ class _Places:
         self.tokens.append(token)
         self.places.append(place)
 
-    def within(self, piece: Piece) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def within(self, piece: Piece | Span) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The tokens of a piece, numbered from 0, and their places; the same for all layers."""
         if piece.begin not in self._within:
             part = slice(bisect_left(self.tokens, piece.begin), bisect_left(self.tokens, piece.end))
@@ -123,6 +125,7 @@ class MambaRowCache(RecurrentRowCache):
         self._anchors: dict[int, dict[int, int]] = {}
         self._free: list[int] = []
         self._pass: _Pass | None = None
+        self._scanned_natively = False
 
     @torch.inference_mode(False)
     def _zeros(self, count: int, *sizes: int) -> Tensor:
@@ -316,11 +319,26 @@ class MambaRowCache(RecurrentRowCache):
             inputs: A, Δ, B and u of the piece.
             h: its states ``[n, N, D]``.
         """
-        run = self._running
-        self._a[layer] = inputs.a.detach()
-        tokens, (slots,) = run.kept.within(piece)
+        self._scanned_natively = False
+        tokens, (slots,) = self._running.kept.within(piece)
         self.states[layer].index_copy_(0, slots, h[tokens])
-        tokens, where = run.taped.within(piece)
+        self.tape_inputs(layer, piece, x, inputs)
+
+    def scan_rows(self) -> ScanRows:
+        """The pass for a scan that reads its first states from `states` and keeps others there."""
+        run = self._running
+        self._scanned_natively = True
+        numbers, slots = run.resumed
+        initial = dict(zip(numbers, slots.tolist(), strict=True))
+        counts = self.layout.counts if self.layout else ()
+        kept = zip(run.kept.tokens, run.fresh, strict=True)
+        return ScanRows(counts, tuple(initial.get(i, -1) for i in range(len(counts))), tuple(kept))
+
+    @torch.no_grad()
+    def tape_inputs(self, layer: int, piece: Piece | Span, x: Tensor, inputs: ScanInputs) -> None:
+        """Put a piece on the tape; arguments as in `record`."""
+        self._a[layer] = inputs.a.detach()
+        tokens, where = self._running.taped.within(piece)
         fed = torch.cat([inputs.dt, inputs.u, inputs.b], -1)
         self.tape.keys[layer].index_put_(where, fed[tokens])
         self.tape.values[layer].index_put_(where, x[tokens].to(self.dtype))
@@ -343,10 +361,35 @@ class MambaRowCache(RecurrentRowCache):
         if not work:
             return
         work.sort(key=lambda job: job[0] - job[1])  # the longest replay first
-        slots = self._index([self._slot() for _ in work])
-        self.states[:, slots] = self._replayed(work)
-        for (_, start, row), slot in zip(work, slots.tolist(), strict=True):
+        slots = [self._slot() for _ in work]
+        if self._scanned_natively:  # a replay repeats the bits of the passes
+            self._replay_on_core(work, slots)
+        else:
+            self.states[:, self._index(slots)] = self._replayed(work)
+        for (_, start, row), slot in zip(work, slots, strict=True):
             self._anchors[row][start] = slot
+
+    def _replay_on_core(self, work: list[tuple[int, int, int]], slots: list[int]) -> None:
+        """States after tokens begin : end of each row's tape, into ``slots``."""
+        places = [(row, place) for begin, end, row in work for place in range(begin, end)]
+        counts = tuple(end - begin for begin, end, _ in work)
+        ends = [n - 1 for n in accumulate(counts)]
+        initial = tuple(self._anchors[row][begin] for begin, _, row in work)
+        rows = ScanRows(counts, initial, tuple(zip(ends, slots, strict=True)))
+        fed = self._taped(places)
+        for layer, a in enumerate(self._a):
+            if a is not None:
+                states = self.states[layer]
+                ragged_scan(self._inputs(a, fed[layer]), None, rows, states, states)
+
+    def _taped(self, places: list[tuple[int, int]]) -> Tensor:
+        """What the recurrences of all layers were fed at (row, position): ``[layers, n, ...]``."""
+        pages = self._index([self.tape.find(row, p // self.page) or 0 for row, p in places])
+        return self.tape.keys[:, pages, self._index([p % self.page for _, p in places])]
+
+    def _inputs(self, a: Tensor, fed: Tensor) -> ScanInputs:
+        d = self.shape.channels
+        return ScanInputs(a, fed[..., :d], fed[..., 2 * d :], fed[..., d : 2 * d])
 
     def _replayed(self, work: list[tuple[int, int, int]]) -> Tensor:
         """States ``[layers, rows, N, D]`` after tokens begin : end of each row's tape."""
@@ -354,12 +397,8 @@ class MambaRowCache(RecurrentRowCache):
         state = self.states[:, old]
         state[:, self._index([i for i, (begin, _, _) in enumerate(work) if begin == 0])] = 0
         a = torch.stack([x for x in self._a if x is not None]).unsqueeze(1)
-        d = self.shape.channels
         for i in range(work[0][1] - work[0][0]):
             places = [(row, begin + i) for begin, end, row in work if begin + i < end]
-            pages = self._index([self.tape.find(row, p // self.page) or 0 for row, p in places])
-            fed = self.tape.keys[:, pages, self._index([p % self.page for _, p in places])]
-            inputs = ScanInputs(a, fed[..., :d], fed[..., 2 * d :], fed[..., d : 2 * d])
-            decay, x = inputs.discretise()
+            decay, x = self._inputs(a, self._taped(places)).discretise()
             state[:, : len(places)] = x + decay * state[:, : len(places)]
         return state

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from retort.cache.rows import RowCache
 from retort.errors import ConfigurationError, RewindError
+from retort.ops import native
 
 TapeKind = Literal["draft", "completion"]
 
@@ -58,16 +59,25 @@ class Feed:
 class RecurrentRowCache(RowCache):
     """A `RowCache` for recurrent mixers that also serves rectangles in plain transformers.
 
-    ``shape`` holds the sizes of its states, by which a model knows a cache of its own.
+    ``shape`` holds the sizes of its states, by which a model knows a cache of its own, ``dtype``
+    their type. With ``use_native`` unset the native core is never called.
     """
 
     is_compileable = False
+    use_native = True
     shape: Any
+    dtype: torch.dtype
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
         self.columns = torch.ones(0, 0, dtype=torch.bool, device=device)
+
+    @property
+    def on_core(self) -> bool:
+        """Whether passes without gradients run on the native core."""
+        fits = self.dtype is torch.float32 and self.device.type == "cpu"
+        return self.use_native and fits and not torch.compiler.is_compiling() and native.available()
 
     @contextmanager
     def feed(self, shape: torch.Size, attention_mask: Tensor | None) -> Iterator[Feed]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,12 @@ from retort.cache.recurrent import RecurrentRowCache, TapeKind, check_tape
 from retort.cache.rows import PackedRows, Spare
 from retort.cache.tape import Pages, Tape, grown
 from retort.cache.waves import WavePlan
+from retort.ops.native.retention import (
+    RetentionRows,
+    RetentionTables,
+    fold_states,
+    ragged_retention,
+)
 from retort.ops.retention import BlockDecay, block_fold, block_output, log_decay
 
 
@@ -36,9 +43,21 @@ class RetentionShape:
     value_dim: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pass:
-    """What the layers of one pass share.
+    """What the layers of one pass share; made whole by whichever arithmetic needs it."""
+
+    layout: PackedRows
+    anchors: dict[int, int]  # of each row when the pass ends
+    written: tuple[Tensor, Tensor, Tensor]  # tokens for the tape, their pages and offsets
+    moved: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # layer, rows, states
+    waves: _Waves | None = None
+    native: RetentionRows | None = None
+
+
+@dataclass(frozen=True)
+class _Waves:
+    """A pass for the PyTorch twin.
 
     Queries lie in M slots of their segment, by position modulo M: M is 8 where no segment has
     more tokens (decoding and drafts) and L elsewhere, so that decoding multiplies few rows and
@@ -47,15 +66,12 @@ class _Pass:
     """
 
     plan: WavePlan
-    anchors: dict[int, int]  # of each row when the pass ends
     slots: int  # M
     query_place: tuple[Tensor, Tensor]  # segment and slot of each token
     decay: tuple[Tensor, Tensor]  # of reading the state and the window, per segment
     before: tuple[Tensor, Tensor | None]  # pages of the blocks before wave 0, and which exist
     current: tuple[Tensor, Tensor | None]  # pages of wave 0
     has_state: Tensor | None
-    written: tuple[Tensor, Tensor, Tensor]  # tokens for the tape, their pages and offsets
-    moved: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # layer, rows, states
 
 
 class _Front(NamedTuple):
@@ -174,12 +190,17 @@ class RetentionRowCache(RecurrentRowCache):
         """Move the anchor of ``row`` one block on, in all layers at once."""
         anchor = self._anchor[row]
         if anchor >= 1:
-            state = self.states[:, row]
-            if anchor == 1:
-                state.zero_()
             page = self.tape.reserve(row, anchor - 1)
+            state = self.states[:, row]
             keys, values = self.tape.keys[:, page], self.tape.values[:, page]
-            state.copy_(block_fold(state, keys, values, self.decay))
+            if self.on_core:
+                fold_states(
+                    state.unbind(), keys.unbind(), values.unbind(), self._tables, anchor < 2
+                )
+            else:
+                if anchor < 2:
+                    state.zero_()
+                state.copy_(block_fold(state, keys, values, self.decay))
         self._anchor[row] = anchor + 1
 
     def _trim(self, rows: Iterable[int]) -> None:
@@ -210,36 +231,48 @@ class RetentionRowCache(RecurrentRowCache):
             row: max(start, start + count - slack) // self.block
             for row, start, count in zip(layout.rows, layout.starts, layout.counts, strict=True)
         }
-        plan = WavePlan.of(layout, list(anchors.values()), self.block, self.device)
-        written = self._written(plan, anchors)  # reserves, so that the pages below exist
+        return _Pass(layout, anchors, self._written(layout, anchors))
+
+    def _written(
+        self, layout: PackedRows, anchors: dict[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What joins the tape; its pages are reserved."""
+        tokens: list[int] = []
+        places: list[tuple[int, int]] = []
+        parts = zip(layout.rows, layout.starts, layout.counts, layout.offsets[:-1], strict=True)
+        for row, start, count, offset in parts:
+            oldest = 0 if self.kind == "completion" else (anchors[row] - 1) * self.block
+            first, end = max(start, oldest), start + count
+            tokens += range(offset + first - start, offset + count)
+            pages = {b: self.tape.reserve(row, b) for b in self._blocks_of(first, end)}
+            places += [(pages[p // self.block], p % self.block) for p in range(first, end)]
+        pages_of, offsets = self._index(places).view(-1, 2).unbind(1)
+        return self._index(tokens), pages_of, offsets
+
+    def _blocks_of(self, first: int, end: int) -> range:
+        return range(first // self.block, (end - 1) // self.block + 1)
+
+    def _waves(self, run: _Pass) -> _Waves:
+        if run.waves is not None:
+            return run.waves
+        layout = run.layout
+        anchors = [run.anchors[row] for row in layout.rows]
+        plan = WavePlan.of(layout, anchors, self.block, self.device)
         slots = min(self.block, 8 if plan.longest_piece <= 8 else self.block)
         segment, offset = plan.place
         query_place = (segment, offset % slots)
         offsets = offset.new_zeros(plan.segments, slots).index_put(query_place, offset)
         young = [span.first < 2 for span in plan.spans]
-        return _Pass(
+        run.waves = _Waves(
             plan=plan,
-            anchors=anchors,
             slots=slots,
             query_place=query_place,
             decay=self.decay.at(offsets),
             before=self._pages([(span.row, span.first - 1) for span in plan.spans]),
             current=self._pages([(span.row, span.first) for span in plan.spans]),
             has_state=~self._index(young).bool().view(-1, 1, 1, 1) if any(young) else None,
-            written=written,
         )
-
-    def _written(self, plan: WavePlan, anchors: dict[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        pages = [
-            self.tape.reserve(row, block)
-            if self.kind == "completion" or block >= anchors[row] - 1
-            else -1
-            for row, block in plan.members()
-        ]
-        segment, offset = plan.place
-        page = self._index(pages)[segment]
-        tokens = (page >= 0).nonzero()[:, 0]
-        return tokens, page[tokens], offset[tokens]
+        return run.waves
 
     def _pages(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         pages = [self.tape.find(row, block) for row, block in places]
@@ -247,7 +280,7 @@ class RetentionRowCache(RecurrentRowCache):
         mask = None if all(exist) else self._index(exist).bool().view(-1, 1, 1, 1)
         return self._index([page or 0 for page in pages]), mask
 
-    def _index(self, numbers: Sequence[int]) -> Tensor:
+    def _index(self, numbers: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.device)
 
     def retention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -265,29 +298,69 @@ class RetentionRowCache(RecurrentRowCache):
         run = self._pass
         if run is None:  # a rectangle of padding only
             return torch.zeros_like(v)
-        queries = _placed(
-            q.new_zeros(run.plan.segments, q.shape[1], run.slots, q.shape[2]), run.query_place, q
+        if self.on_core and not _tracked(q, k, v):
+            y = self._on_core(layer, run, (q.contiguous(), k.contiguous(), v.contiguous()))
+        else:
+            y = self._in_waves(layer, run, q, k, v)
+        tokens, pages, offsets = run.written
+        for tape, x in ((self.tape.keys[layer], k), (self.tape.values[layer], v)):
+            _placed(tape, (pages, offsets), x.detach()[tokens])
+        return y
+
+    # The native core
+
+    @cached_property
+    def _tables(self) -> RetentionTables:
+        return RetentionTables(self.decay, self.shape.key_dim, self.shape.value_dim)
+
+    def _on_core(self, layer: int, run: _Pass, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        rows = run.native = run.native or self._native_rows(run)
+        movers = [row for row, at in zip(run.layout.rows, rows.moved, strict=True) if at >= 0]
+        moved = torch.empty(len(movers), *self.states.shape[2:])
+        pages = (self.tape.keys[layer], self.tape.values[layer])
+        y = ragged_retention(*qkv, rows, self._tables, self.states[layer], pages, moved)
+        if movers:
+            run.moved.append((layer, self._index(movers), moved))
+        return y
+
+    def _native_rows(self, run: _Pass) -> RetentionRows:
+        layout, length = run.layout, self.block
+        firsts = [start // length for start in layout.starts]
+        blocks = [run.anchors[row] for row in layout.rows]
+        movers = [i for i, first in enumerate(firsts) if blocks[i] > first]
+        places = list(zip(layout.rows, firsts, strict=True))
+
+        def page(row: int, block: int) -> int:
+            found = self.tape.find(row, block)
+            return -1 if found is None else found
+
+        return RetentionRows(
+            starts=layout.starts,
+            counts=layout.counts,
+            states=tuple(row if first >= 2 else -1 for row, first in places),
+            before=tuple(page(row, first - 1) for row, first in places),
+            current=tuple(page(row, first) for row, first in places),
+            moved=tuple(movers.index(i) if i in movers else -1 for i in range(len(firsts))),
+            moved_blocks=tuple(blocks),
         )
-        state = _only(self.states[layer, run.plan.rows], run.has_state)
+
+    # Its PyTorch twin
+
+    def _in_waves(self, layer: int, run: _Pass, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        waves = self._waves(run)
+        queries = _placed(
+            q.new_zeros(waves.plan.segments, q.shape[1], waves.slots, q.shape[2]),
+            waves.query_place,
+            q,
+        )
+        state = _only(self.states[layer, waves.plan.rows], waves.has_state)
         if torch.is_grad_enabled():
             state = state.clone()  # the graph keeps it, a later pass moves it
         tapes = (self.tape.keys[layer], self.tape.values[layer])
-        front = _Front(state, *(_only(tape[run.before[0]], run.before[1]) for tape in tapes))
-        blocks = [self._blocks(run, tape, x) for tape, x in zip(tapes, (k, v), strict=True)]
+        front = _Front(state, *(_only(tape[waves.before[0]], waves.before[1]) for tape in tapes))
+        blocks = [_blocks(waves, tape, x) for tape, x in zip(tapes, (k, v), strict=True)]
         y = self._run_waves(layer, run, (queries, *blocks), front)
-        return y.transpose(1, 2)[run.query_place]
-
-    def _blocks(self, run: _Pass, tape: Tensor, x: Tensor) -> Tensor:
-        """Tokens ``[total, H, d]`` in their blocks ``[segments, H, L, d]``, after older ones.
-
-        The tape gets the tokens that it must keep.
-        """
-        blocks = _only(tape[run.current[0]], run.current[1])
-        if later := run.plan.segments - len(blocks):
-            blocks = torch.cat([blocks, blocks.new_zeros(later, *blocks.shape[1:])])
-        tokens, pages, offsets = run.written
-        _placed(tape, (pages, offsets), x.detach()[tokens])
-        return _placed(blocks, run.plan.place, x)
+        return y.transpose(1, 2)[waves.query_place]
 
     def _run_waves(
         self, layer: int, run: _Pass, blocks: tuple[Tensor, ...], front: _Front
@@ -295,15 +368,24 @@ class RetentionRowCache(RecurrentRowCache):
         """Outputs of all segments ``[segments, H, M, d_v]``, wave after wave."""
         outputs: list[Tensor] = []
         q, k, v = blocks
-        for wave in run.plan.waves:
+        waves = self._waves(run)
+        for wave in waves.plan.waves:
             if outputs:
                 front = front.after(k, v, wave.carry, self.decay)
-            q, k, v, read, pair = (x[wave.segments] for x in (*blocks, *run.decay))
+            q, k, v, read, pair = (x[wave.segments] for x in (*blocks, *waves.decay))
             before = (front.keys, front.values)
             outputs.append(block_output(q, front.state, before, (k, v), (read, pair)))
             if len(wave.kept):
                 run.moved.append((layer, wave.kept_rows, front.state.detach()[wave.kept]))
         return torch.cat(outputs)
+
+
+def _blocks(waves: _Waves, tape: Tensor, x: Tensor) -> Tensor:
+    """Tokens ``[total, H, d]`` in their blocks ``[segments, H, L, d]``, after older ones."""
+    blocks = _only(tape[waves.current[0]], waves.current[1])
+    if later := waves.plan.segments - len(blocks):
+        blocks = torch.cat([blocks, blocks.new_zeros(later, *blocks.shape[1:])])
+    return _placed(blocks, waves.plan.place, x)
 
 
 def _placed(blocks: Tensor, place: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
@@ -315,6 +397,10 @@ def _placed(blocks: Tensor, place: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
 def _only(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x`` where valid and 0 elsewhere, whatever lies there (NaN · 0 is NaN)."""
     return x if mask is None else torch.where(mask, x, 0)
+
+
+def _tracked(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _take(x: Tensor, places: Tensor | None) -> Tensor:

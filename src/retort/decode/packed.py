@@ -120,7 +120,9 @@ class PackedModel:
 
     def _new_cache(self, tape: str, max_draft: int) -> RowCache:
         if hasattr(self.model, "new_row_cache"):
-            return self.model.new_row_cache(tape=tape, max_draft=max_draft)
+            cache = self.model.new_row_cache(tape=tape, max_draft=max_draft)
+            cache.use_native = self.backend.name == "native"
+            return cache
         return self.backend.attention_cache()
 
     def _count(self, tokens: int) -> None:

@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from retort.ops.elementwise import rms_norm, silu
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +35,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., dim]`` to ``[..., dim]``; half precision is reduced in float32."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class HiddenFusion(nn.Module):
@@ -57,7 +58,7 @@ class HiddenFusion(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """silu(fc2 silu(fc1 x)), ``[..., d]`` of ``[..., hidden]``."""
-        return F.silu(self.fc2(F.silu(self.fc1(x))))
+        return silu(self.fc2(silu(self.fc1(x))))
 
     def forward(self, x: Tensor, own: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         """The fused feature ``[..., d]`` of the layer's own and the earlier ones."""

@@ -24,7 +24,6 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -41,9 +40,11 @@ from retort.cache.recurrent import Feed
 from retort.errors import ConfigurationError
 from retort.models.carried import CarriedMamba, CarriedPass, MambaState, OneTokenPass
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
+from retort.models.mamba_native import NativePass, serves
 from retort.models.mamba_passes import MambaPass, RescanPass, StatePass
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
 from retort.ops.clock import Clock
+from retort.ops.elementwise import core_arithmetic, silu, softplus
 from retort.ops.segments import cut
 from retort.ops.selective_scan import LONGEST, ScanInputs
 
@@ -122,7 +123,7 @@ class DenseMambaMixer(nn.Module):
         hidden, inner, states = config.hidden_size, config.intermediate_size, config.state_size
         self.config, self.layer_idx = config, layer_idx
         self.rank = int(config.time_step_rank)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = silu if config.hidden_act in ("silu", "swish") else ACT2FN[config.hidden_act]
         self.conv1d = PassConvolution(
             inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1,
             bias=config.use_conv_bias,
@@ -164,13 +165,14 @@ class DenseMambaMixer(nn.Module):
         wide = partial(torch.Tensor.to, dtype=torch.promote_types(x.dtype, torch.float32))
         inputs = ScanInputs(
             a=-wide(self.A_log).exp().t().contiguous(),
-            dt=F.softplus(wide(self.dt_proj(dt))),
+            dt=softplus(wide(self.dt_proj(dt))),
             b=wide(b),
             u=wide(u),
         )
         fuse = None if self.select is None else partial(self._fused, x)
         y, features = step.mix(self.layer_idx, inputs, wide(c), fuse, earlier)
-        y = (y + wide(self.D) * inputs.u) * self.act(z)
+        y = y + wide(self.D) * inputs.u
+        y = silu(z, y) if self.act is silu else y * self.act(z)
         return self.out_proj(y.to(x.dtype)), features
 
     def _fused(self, x: Tensor, own: Tensor, earlier: list[Tensor]) -> Tensor:
@@ -306,15 +308,18 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         want = bool(output_hidden_states)
+        native = self._native(x, cache)
         if isinstance(cache, MambaRowCache):
             with cache.feed(x.shape[:2], attention_mask) as feed:
-                step = self._step(cache.layout.counts if cache.layout else (), cache, x.device)
+                counts = cache.layout.counts if cache.layout else ()
+                step = self._step(counts, cache, x.device, native)
                 inputs, hidden = self._run(feed.pack(x), step, want)
         else:
-            feed, step = self._uncached(x, attention_mask, None if cache else starts, cache)
+            starts = None if cache else starts
+            feed, step = self._uncached(x, attention_mask, starts, cache, native)
             inputs, hidden = self._run(feed.pack(x), step, want)
             cache = None if cache is None else step.after()  # type: ignore[attr-defined]
-        hidden = feed.unpack(self.norm_f(hidden.to(self.norm_f.weight.dtype)))
+        hidden = feed.unpack(hidden)
         states = (*(feed.unpack(h) for h in inputs), hidden) if want else None
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -323,7 +328,14 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         )
 
     def _run(self, x: Tensor, step: MambaPass, want_inputs: bool) -> tuple[list[Tensor], Tensor]:
-        """Each layer's input where wanted, and the last layer's output, all ``[n, hidden]``."""
+        """Each layer's input where wanted, and the normed output, all ``[n, hidden]``."""
+        with core_arithmetic(isinstance(step, NativePass)):
+            inputs, hidden = self._run_layers(x, step, want_inputs)
+            return inputs, self.norm_f(hidden.to(self.norm_f.weight.dtype))
+
+    def _run_layers(
+        self, x: Tensor, step: MambaPass, want_inputs: bool
+    ) -> tuple[list[Tensor], Tensor]:
         outputs: list[list[Tensor]] = []
         for piece in step:
             hidden, seen = x[piece.begin : piece.end], []
@@ -339,8 +351,20 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         *inputs, hidden = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return inputs, hidden
 
+    def _native(self, x: Tensor, cache: MambaRowCache | MambaState | None) -> bool:
+        """Whether the native core runs a pass; without a cache where no form was asked for."""
+        if isinstance(cache, MambaRowCache):
+            return serves(cache, x, self.config.hidden_act)
+        asked = cache is not None or self.config.scan_form != "auto"
+        return not asked and serves(None, x, self.config.hidden_act)
+
     def _uncached(
-        self, x: Tensor, mask: Tensor | None, starts: Tensor | None, state: MambaState | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        state: MambaState | None,
+        native: bool,
     ) -> tuple[Feed, MambaPass]:
         """The pass over a rectangle, from nothing or from a state that the caller carries."""
         batch, width = x.shape[:2]
@@ -350,15 +374,21 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
             mask = mask[:, -width:]
         feed, lengths = _sequences(x, mask, starts)
         if state is None:
-            return feed, self._step(lengths, None, x.device)
+            return feed, self._step(lengths, None, x.device, native)
         counts = [width] * batch if mask is None else mask.bool().sum(1).tolist()
         pieces = cut(lengths, self.config.chunk_size, self.config.conv_kernel, 0, x.device)
         return feed, CarriedPass(pieces, CarriedMamba(state, counts))
 
     def _step(
-        self, lengths: tuple[int, ...], cache: MambaRowCache | None, device: torch.device
+        self,
+        lengths: tuple[int, ...],
+        cache: MambaRowCache | None,
+        device: torch.device,
+        native: bool,
     ) -> MambaPass:
         """The pass over segments of ``lengths`` tokens."""
+        if native:
+            return NativePass(lengths, cache)
         form, kernel = self.config.scan_form, self.config.conv_kernel
         remembers = torch.is_grad_enabled() and form == "auto"
         checkpoints = self.training and self.gradient_checkpointing

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -30,10 +31,13 @@ from retort.models.carried import CarriedRetention, RetentionState
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
 from retort.ops.clock import Clock
+from retort.ops.elementwise import core_arithmetic, silu
+from retort.ops.native.activation import rotate_pairs
 from retort.ops.retention import (
     Form,
     log_decay,
     normaliser,
+    position_tables,
     retention,
     rotary_phase,
     rotate,
@@ -132,12 +136,12 @@ class RetentionPass:
     """What all layers of one forward pass share.
 
     Attributes:
-        phase: rotary, complex ``[B, T, d_k/2]``.
+        rotate: turns ``[B, T, H, d_k]`` by the tokens' positions.
         root: √S_n ``[B, T, H, 1]``.
         mix: (layer, q, k, v) → Y, each ``[B, T, H, d]``.
     """
 
-    phase: Tensor
+    rotate: Callable[[Tensor], Tensor]
     root: Tensor
     mix: Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -180,14 +184,14 @@ class DenseRetention(nn.Module):
             Output ``[B, T, hidden]`` and this layer's features: its keys and values before
             fusion, norm and rotary.
         """
-        k = F.silu(self.k_proj(x)) * self.scale
-        v, g = F.silu(self.vg_proj(x)).chunk(2, -1)
+        k = silu(self.k_proj(x)) * self.scale
+        v, g = silu(self.vg_proj(x)).chunk(2, -1)
         fused_k, fused_v = self._fused(x, k, v, earlier)
         q, fused_k, fused_v = (
             t.unflatten(-1, (self.heads, -1)).to(step.root.dtype)
-            for t in (F.silu(self.q_proj(x)), fused_k, fused_v)
+            for t in (silu(self.q_proj(x)), fused_k, fused_v)
         )
-        q, fused_k = (rotate(t, step.phase) for t in (q, fused_k))
+        q, fused_k = step.rotate(q), step.rotate(fused_k)
         y = step.mix(self.layer_idx, q, fused_k, fused_v) / step.root
         y = self.group_norm(y).to(x.dtype).flatten(-2)
         return self.o_proj(y * g), k, v
@@ -214,7 +218,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden]`` to ``[..., hidden]``."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DenseRetNetLayer(GradientCheckpointingLayer):
@@ -314,14 +318,16 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         starts = sequence_starts(position_ids, kwargs.get("cu_seq_lens_q"), hidden.shape[1])
         cache = self._pass_input(hidden, attention_mask, starts, past_key_values, use_cache)
         if isinstance(cache, RetentionRowCache):
-            with cache.feed(hidden.shape[:2], attention_mask) as feed:
-                hidden = self._run_layers(hidden, self._cached(feed, hidden, cache))
+            native = cache.on_core and not torch.is_grad_enabled()
+            with cache.feed(hidden.shape[:2], attention_mask) as feed, core_arithmetic(native):
+                step = self._cached(feed, hidden, cache, native)
+                hidden = self.norm(self._run_layers(hidden, step))
         else:
             step = self._uncached(hidden, attention_mask, None if cache else starts, cache)
-            hidden = self._run_layers(hidden, step)
+            hidden = self.norm(self._run_layers(hidden, step))
             cache = None if cache is None else step.mix.after()  # type: ignore[attr-defined]
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden),
+            last_hidden_state=hidden,
             past_key_values=cache,  # type: ignore[arg-type]  # our own kinds
         )
 
@@ -350,10 +356,14 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         positions = clock.positions + state.lengths.unsqueeze(1)
         return self._step(positions, decay, CarriedRetention(state, clock, decay, mix))
 
-    def _cached(self, feed: Feed, x: Tensor, cache: RetentionRowCache) -> RetentionPass:
+    def _cached(
+        self, feed: Feed, x: Tensor, cache: RetentionRowCache, native: bool
+    ) -> RetentionPass:
         def mix(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return feed.unpack(cache.retention(layer, *(feed.pack(t) for t in (q, k, v))))
 
+        if native:
+            return self._native_step(feed.positions, mix)
         return self._step(feed.positions, self._decay(x), mix)
 
     def _decay(self, x: Tensor) -> Tensor:
@@ -362,7 +372,17 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
 
     def _step(self, positions: Tensor, decay: Tensor, mix: Callable) -> RetentionPass:
         phase = rotary_phase(positions, self.cache_shape.key_dim, decay.dtype)
-        return RetentionPass(phase, normaliser(positions + 1, decay).unsqueeze(-1), mix)
+        root = normaliser(positions + 1, decay).unsqueeze(-1)
+        return RetentionPass(partial(rotate, phase=phase), root, mix)
+
+    def _native_step(self, positions: Tensor, mix: Callable) -> RetentionPass:
+        shape = self.cache_shape
+        cos, sin, root = position_tables(shape.heads, shape.key_dim).at(positions.flatten())
+
+        def turned(x: Tensor) -> Tensor:
+            return rotate_pairs(x.flatten(0, 1), cos, sin).view(x.shape)
+
+        return RetentionPass(turned, root.view(*positions.shape, -1, 1), mix)
 
 
 class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, RecurrentGeneration, GenerationMixin):

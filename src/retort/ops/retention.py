@@ -8,6 +8,7 @@ o_n = Y_n / √S_n (`normaliser`). The recurrent answer is the canonical one. Sh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -47,6 +48,40 @@ def normaliser(seen: Tensor, decay: Tensor) -> Tensor:
     """
     n = seen.clamp_min(1).to(decay.dtype)[..., None]
     return (torch.expm1(n * decay) / torch.expm1(decay)).sqrt()
+
+
+class PositionTables:
+    """Rotary cosines and sines and √S_n by position, float32 on the CPU.
+
+    Grown by whole blocks of positions, so that a position's bits are the same in every pass: torch
+    computes the last few elements of a tensor by another formula than the others.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, heads: int, key_dim: int) -> None:
+        self._decay, self._dim = log_decay(heads, torch.float32), key_dim
+        self._tables = [torch.empty(0, n) for n in (key_dim // 2, key_dim // 2, heads)]
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """cos and sin ``[n, key_dim/2]`` and √S_(p+1) ``[n, H]`` of positions p ``[n]``."""
+        last = int(positions.max()) if len(positions) else -1
+        while (first := len(self._tables[0])) <= last:
+            new = self._block(torch.arange(first, first + self.BLOCK))
+            self._tables = [torch.cat(pair) for pair in zip(self._tables, new, strict=True)]
+        cos, sin, root = (table[positions] for table in self._tables)
+        return cos, sin, root
+
+    @torch.inference_mode(False)
+    def _block(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        phase = rotary_phase(positions, self._dim, torch.float32)
+        return phase.real, phase.imag, normaliser(positions + 1, self._decay)
+
+
+@lru_cache(maxsize=8)
+def position_tables(heads: int, key_dim: int) -> PositionTables:
+    """The tables of models with so many heads, ``key_dim`` wide each."""
+    return PositionTables(heads, key_dim)
 
 
 def _power(exponent: Tensor, keep: Tensor, decay: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ class StepPlan:
     starts: Tensor
     parallel: int
     steps: tuple[int, ...]
+
+
+class Span(NamedTuple):
+    """Tokens ``begin : end`` of the flat axis."""
+
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)

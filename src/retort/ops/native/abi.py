@@ -94,6 +94,57 @@ class DecoderCall(ctypes.Structure):
     )
 
 
+class ActivationCall(ctypes.Structure):
+    """silu or softplus of rows."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="x", i="ldx m n", p2="other", i2="ldother kind", p3="out", t="threads"
+    )
+
+
+class Retention(ctypes.Structure):
+    """Sizes and decay tables of a retention layer."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        i="heads key_width value_width block", p="read pair write carry"
+    )
+
+
+class RetentionCall(ctypes.Structure):
+    """One retention layer of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="shape", i="rows", p2="starts counts offsets q k v states before_k before_v current_k "
+        "current_v moved_block moved scores out", t="threads",
+    )  # fmt: skip
+
+
+class FoldCall(ctypes.Structure):
+    """States of one layer or many, folded by a block each."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="shape", i="count", p2="states keys values", i2="fresh", t="threads"
+    )
+
+
+class ScanCall(ctypes.Structure):
+    """One selective scan of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        i="rows channels states", p="counts offsets a dt u b c", i2="ld_dt ld_u ld_b ld_c",
+        p2="initial kept_ends kept_tokens kept y", t="threads",
+    )  # fmt: skip
+
+
+class ConvCall(ctypes.Structure):
+    """One causal convolution of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        i="rows channels kernel silu", p="counts offsets x", i2="ldx",
+        p2="history weight bias out", t="threads",
+    )  # fmt: skip
+
+
 CALLS = {
     "retort_linear": LinearCall,
     "retort_argmax": ArgmaxCall,
@@ -101,6 +152,12 @@ CALLS = {
     "retort_norm": NormCall,
     "retort_rotary": RotaryCall,
     "retort_decoder": DecoderCall,
+    "retort_activation": ActivationCall,
+    "retort_rotate_pairs": RotaryCall,
+    "retort_retention": RetentionCall,
+    "retort_fold": FoldCall,
+    "retort_scan": ScanCall,
+    "retort_convolution": ConvCall,
 }
 
 

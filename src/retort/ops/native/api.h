@@ -81,7 +81,7 @@ struct RetortNormCall {
 struct RetortRotaryCall {
   const float* x;  // [total, heads, width]
   int64_t x_token, x_head;
-  const float *cos, *sin;  // [total, rotated]
+  const float *cos, *sin;  // [total, rotated], of pairs [total, rotated / 2]
   int64_t total, heads, width, rotated;
   float* out;  // [total, heads, width]
   int32_t threads;
@@ -109,6 +109,82 @@ struct RetortDecoderCall {
   int32_t threads;
 };
 
+// f(x) of rows, times `other` where there is one; kind 0 is silu, 1 softplus.
+struct RetortActivationCall {
+  const float* x;
+  int64_t ldx, m, n;
+  const float* other;  // [m, n] with row stride ldother, or null
+  int64_t ldother, kind;
+  float* out;  // [m, n]
+  int32_t threads;
+};
+
+// Retention of packed ragged rows; time is cut into blocks of `block` tokens. A token in block b
+// reads the state at (b - 1) * block and the tokens of blocks b - 1 and b up to itself.
+struct RetortRetention {
+  int64_t heads, key_width, value_width, block;
+  const float* read;   // [heads, block]
+  const float* pair;   // [heads, block, 2 * block]
+  const float* write;  // [heads, block]
+  const float* carry;  // [heads]
+};
+
+struct RetortRetentionCall {
+  const RetortRetention* shape;
+  int64_t rows;
+  const int64_t *starts, *counts, *offsets;
+  const float *q, *k, *v;        // [total, heads, width]
+  const float* const* states;    // for each row [heads, key_width, value_width], or null
+  const float* const* before_k;  // pages [heads, block, width] of the block before the first new
+  const float* const* before_v;  // token's, and of its own: what lies there before `starts`; or null
+  const float* const* current_k;
+  const float* const* current_v;
+  const int64_t* moved_block;  // the block whose state goes to `moved`
+  float* const* moved;         // for each row [heads, key_width, value_width], or null
+  float* scores;               // scratch [total, heads, 2 * block]
+  float* out;                  // [total, heads, value_width]
+  int32_t threads;
+};
+
+// state * carry + sum of write_i k_i v_i over the tokens of one block, in place.
+struct RetortFoldCall {
+  const RetortRetention* shape;
+  int64_t count;         // states, each with its page
+  float* const* states;  // [heads, key_width, value_width]
+  const float* const* keys;
+  const float* const* values;
+  int64_t fresh;  // the states before are zero, whatever lies there
+  int32_t threads;
+};
+
+// Selective scan of packed ragged rows: h = exp(dt a) h + dt b u, y = c . h, one token at a time.
+struct RetortScanCall {
+  int64_t rows, channels, states;
+  const int64_t *counts, *offsets;
+  const float* a;                    // [states, channels]
+  const float *dt, *u, *b, *c;       // [total, channels] twice, [total, states] twice; c may be null
+  int64_t ld_dt, ld_u, ld_b, ld_c;   // row strides
+  const float* const* initial;       // for each row [states, channels], or null: zero
+  const int64_t* kept_ends;          // for each row, one past its last kept state; ascending
+  const int64_t* kept_tokens;        // packed tokens after which a state is kept, ascending
+  float* const* kept;                // where it goes, [states, channels]
+  float* y;                          // [total, channels], or null without c
+  int32_t threads;
+};
+
+// Causal depthwise convolution of packed ragged rows, plus bias, through silu where asked for.
+struct RetortConvCall {
+  int64_t rows, channels, kernel, silu;
+  const int64_t *counts, *offsets;
+  const float* x;  // [total, channels] with row stride ldx
+  int64_t ldx;
+  const float* history;  // [rows, kernel - 1, channels], oldest first
+  const float* weight;   // [channels, kernel]
+  const float* bias;     // [channels], or null
+  float* out;            // [total, channels]
+  int32_t threads;
+};
+
 struct RetortKernels {
   void (*linear)(const RetortLinearCall*);
   void (*argmax)(const RetortArgmaxCall*);
@@ -116,5 +192,11 @@ struct RetortKernels {
   void (*norm)(const RetortNormCall*);
   void (*rotary)(const RetortRotaryCall*);
   void (*decoder)(const RetortDecoderCall*);
+  void (*activation)(const RetortActivationCall*);
+  void (*rotate_pairs)(const RetortRotaryCall*);
+  void (*retention)(const RetortRetentionCall*);
+  void (*fold)(const RetortFoldCall*);
+  void (*scan)(const RetortScanCall*);
+  void (*convolution)(const RetortConvCall*);
 };
 }

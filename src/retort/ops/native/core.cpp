@@ -65,4 +65,10 @@ EXPORT void retort_attention(const RetortAttentionCall* call) { chosen->attentio
 EXPORT void retort_norm(const RetortNormCall* call) { chosen->norm(call); }
 EXPORT void retort_rotary(const RetortRotaryCall* call) { chosen->rotary(call); }
 EXPORT void retort_decoder(const RetortDecoderCall* call) { chosen->decoder(call); }
+EXPORT void retort_activation(const RetortActivationCall* call) { chosen->activation(call); }
+EXPORT void retort_rotate_pairs(const RetortRotaryCall* call) { chosen->rotate_pairs(call); }
+EXPORT void retort_retention(const RetortRetentionCall* call) { chosen->retention(call); }
+EXPORT void retort_fold(const RetortFoldCall* call) { chosen->fold(call); }
+EXPORT void retort_scan(const RetortScanCall* call) { chosen->scan(call); }
+EXPORT void retort_convolution(const RetortConvCall* call) { chosen->convolution(call); }
 }

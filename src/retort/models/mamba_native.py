@@ -1,0 +1,99 @@
+"""A DenseMamba pass on the native core: every layer over all tokens at once, no states in memory.
+
+A layer's features are the inputs of its recurrence. Whoever reads its states scans them again from
+the state that the row had before the pass: with the states in registers that is cheaper than to
+write tokens × states × channels numbers and read them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from retort.cache.mamba import MambaRowCache
+from retort.models.mamba_passes import Fuse
+from retort.ops import native
+from retort.ops.native.scan import ScanRows, ragged_convolution, ragged_scan
+from retort.ops.segments import Span
+from retort.ops.selective_scan import ScanInputs
+
+
+class NativePass:
+    """See `retort.models.mamba_passes.MambaPass`; for inference in float32 on a CPU.
+
+    Args:
+        counts: tokens of each segment.
+        cache: between begin() and end(), or None where every segment starts from nothing.
+    """
+
+    def __init__(self, counts: tuple[int, ...], cache: MambaRowCache | None) -> None:
+        self._counts, self._cache = counts, cache
+        self._span = Span(0, sum(counts))
+        self._read = ScanRows(counts, (-1,) * len(counts))
+        self._keep: ScanRows | None = None
+        if cache is not None and counts:
+            self._keep = cache.scan_rows()
+            self._read = ScanRows(counts, self._keep.initial)
+        self._fed: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Span]:
+        """The whole axis as one piece, none where there is no token."""
+        return iter([self._span] if self._counts else [])
+
+    def convolve(self, layer: int, x: Tensor, conv: nn.Conv1d) -> Tensor:
+        """See `MambaPass.convolve`."""
+        segments, width = slice(0, len(self._counts)), conv.kernel_size[0] - 1
+        if self._cache is None:
+            history = x.new_zeros(len(self._counts), width, x.shape[1])
+        else:
+            history = self._cache.history(layer, segments)
+        self._fed = x
+        return ragged_convolution(
+            x, history.contiguous(), conv.weight.detach()[:, 0].contiguous(), conv.bias,
+            self._counts,
+        )  # fmt: skip
+
+    def mix(
+        self,
+        layer: int,
+        inputs: ScanInputs,
+        c: Tensor,
+        fuse: Fuse | None,
+        earlier: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `MambaPass.mix`."""
+        y = self._own(layer, inputs, c)
+        if fuse is not None:
+            count = len(earlier) // len(inputs)
+            window = [ScanInputs(*earlier[i::count]) for i in range(count)]
+            layers = range(layer - count, layer)
+            y = fuse(y, [self._scan(i, x, c) for i, x in zip(layers, window, strict=True)])
+        return y, tuple(inputs)
+
+    def _own(self, layer: int, inputs: ScanInputs, c: Tensor) -> Tensor:
+        """The layer's own scan, whose kept states and inputs go to the cache."""
+        if self._cache is None or self._keep is None or self._fed is None:
+            return self._scan(layer, inputs, c)
+        states = self._cache.states[layer]
+        y = ragged_scan(inputs, c, self._keep, states, states)
+        self._cache.tape_inputs(layer, self._span, self._fed, inputs)
+        assert y is not None
+        return y
+
+    def _scan(self, layer: int, inputs: ScanInputs, c: Tensor) -> Tensor:
+        states = inputs.a.new_empty(0, *inputs.a.shape)
+        if self._cache is not None:
+            states = self._cache.states[layer]
+        y = ragged_scan(inputs, c, self._read, states)
+        assert y is not None
+        return y
+
+
+def serves(cache: MambaRowCache | None, x: Tensor, act: str) -> bool:
+    """Whether a pass over ``x`` ``[..., hidden]`` with the activation ``act`` can run here."""
+    fits = x.dtype is torch.float32 and x.device.type == "cpu" and act in ("silu", "swish")
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not fits:
+        return False
+    return native.available() if cache is None else cache.on_core

@@ -1,0 +1,88 @@
+// Single passes over rows: silu, softplus and rotary positions of neighbouring pairs.
+#pragma once
+#include "api.h"
+#include "elementwise.h"
+#include "simd.h"
+#include "team.h"
+
+namespace RETORT_ISA {
+
+// log(x) for normal x > 0, about 1 ulp. Polynomial after Cephes' logf.
+INLINE vf log(vf x) {
+  const vi bits = (vi)x;
+  vi e = (bits >> 23) - 126;
+  vf m = (vf)((bits & 0x007fffff) | 0x3f000000);  // in [0.5, 1)
+  const vi low = (vi)(m < splat(0.707106781f));   // -1 where it holds
+  e = e + low;
+  m = m + (vf)((vi)m & low) - splat(1.f);
+  const vf n = __builtin_convertvector(e, vf), s = m * m;
+  vf p = splat(7.0376836292e-2f);
+  p = fma(p, m, splat(-1.1514610310e-1f));
+  p = fma(p, m, splat(1.1676998740e-1f));
+  p = fma(p, m, splat(-1.2420140846e-1f));
+  p = fma(p, m, splat(1.4249322787e-1f));
+  p = fma(p, m, splat(-1.6668057665e-1f));
+  p = fma(p, m, splat(2.0000714765e-1f));
+  p = fma(p, m, splat(-2.4999993993e-1f));
+  p = fma(p, m, splat(3.3333331174e-1f));
+  p = p * m * s;
+  p = fma(n, splat(-2.12194440e-4f), p);
+  p = fma(s, splat(-0.5f), p);
+  return fma(n, splat(0.693359375f), p + m);
+}
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|); the rounding of 1 + y is divided out again (Kahan).
+INLINE vf softplus(vf x) {
+  const vf y = exp(x < vf{} ? x : -x), w = splat(1.f) + y;
+  const vf gap = w - splat(1.f);
+  const vf l = gap > vf{} ? log(w) * (y / (gap > vf{} ? gap : w)) : y;
+  return (x > vf{} ? x : vf{}) + l;
+}
+
+template <class F>
+INLINE void apply_row(const float* x, const float* other, int64_t n, float* out, const F& f) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t part = least(W, n - i);
+    const bool full = part == W;
+    vf v = f(full ? load(x + i) : load_part(x + i, part));
+    if (other) v = v * (full ? load(other + i) : load_part(other + i, part));
+    if (full)
+      store(out + i, v);
+    else
+      store_part(out + i, v, part);
+  }
+}
+
+static void activation(const RetortActivationCall* c) {
+  run_team(useful_threads(c->threads, c->m * c->n), [&](const Team& team) {
+    for (int64_t r = team.begin(c->m); r < team.end(c->m); r++) {
+      const float* other = c->other ? c->other + r * c->ldother : nullptr;
+      if (c->kind == 0)
+        apply_row(c->x + r * c->ldx, other, c->n, c->out + r * c->n, [](vf v) { return silu(v); });
+      else
+        apply_row(c->x + r * c->ldx, other, c->n, c->out + r * c->n,
+                  [](vf v) { return softplus(v); });
+    }
+  });
+}
+
+// Pairs (2i, 2i + 1) of every head turned by angle i of the token.
+static void rotate_pairs(const RetortRotaryCall* c) {
+  const int64_t half = c->width / 2;
+  run_team(useful_threads(c->threads, c->total * c->heads * c->width), [&](const Team& team) {
+    for (int64_t t = team.begin(c->total); t < team.end(c->total); t++) {
+      const float *cs = c->cos + t * half, *sn = c->sin + t * half;
+      for (int64_t h = 0; h < c->heads; h++) {
+        const float* x = c->x + t * c->x_token + h * c->x_head;
+        float* out = c->out + (t * c->heads + h) * c->width;
+        for (int64_t i = 0; i < half; i++) {
+          const float a = x[2 * i], b = x[2 * i + 1];
+          out[2 * i] = a * cs[i] - b * sn[i];
+          out[2 * i + 1] = b * cs[i] + a * sn[i];
+        }
+      }
+    }
+  });
+}
+
+}  // namespace RETORT_ISA
