@@ -34,7 +34,8 @@ from retort.provenance import Provenance, write_json
 VOCAB = 1024
 
 
-def mamba(a, m):
+def mamba(a: argparse.Namespace, m: int) -> DenseMambaForCausalLM:
+    """A DenseMamba with window m."""
     config = DenseMambaConfig(
         vocab_size=VOCAB, hidden_size=a.hidden, num_hidden_layers=a.layers, dense_block_layers=m
     )
@@ -42,6 +43,7 @@ def mamba(a, m):
 
 
 def retnet(a, m, hidden=None):
+    """A DenseRetNet with window m, of another width where given."""
     config = DenseRetNetConfig(
         vocab_size=VOCAB, hidden_size=hidden or a.hidden, num_hidden_layers=a.layers,
         dense_block_layers=m,
@@ -50,11 +52,13 @@ def retnet(a, m, hidden=None):
 
 
 def foreign_mamba(a):
+    """transformers' own Mamba."""
     sizes = {"vocab_size": VOCAB, "hidden_size": a.hidden, "num_hidden_layers": a.layers}
     return MambaForCausalLM(MambaConfig(**sizes)).eval()
 
 
 def llama(a):
+    """A transformer of about the same size."""
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=a.hidden, intermediate_size=a.hidden * 8 // 3 // 16 * 16,
         num_hidden_layers=a.layers, num_attention_heads=a.hidden // 64,
@@ -64,11 +68,12 @@ def llama(a):
 
 
 def size(model):
+    """Number of weights."""
     return sum(p.numel() for p in model.parameters())
 
 
 def equal_retnet(a, m, parameters):
-    """The DenseRetNet whose number of weights is nearest."""
+    """The DenseRetNet whose number of weights is nearest to ``parameters``."""
     widths = range(a.hidden // 2, 2 * a.hidden, 32)
     with torch.device("meta"):
         sizes = {h: size(retnet(a, m, h)) for h in widths}
@@ -76,6 +81,7 @@ def equal_retnet(a, m, parameters):
 
 
 def seconds(run):
+    """Wall-clock time of a call."""
     start = perf_counter()
     run()
     return perf_counter() - start
@@ -287,6 +293,7 @@ PARTS = {"prefill": prefill, "context": context, "dense": dense, "commit": commi
 
 
 def main():
+    """Run the parts that were asked for, one file for all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
