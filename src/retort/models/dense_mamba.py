@@ -41,7 +41,7 @@ from retort.errors import ConfigurationError
 from retort.models.carried import CarriedMamba, CarriedPass, MambaState, OneTokenPass
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
 from retort.models.mamba_native import NativePass, serves
-from retort.models.mamba_passes import MambaPass, RescanPass, StatePass
+from retort.models.mamba_passes import MambaPass, PassConvolution, RescanPass, StatePass
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
 from retort.ops.clock import Clock
 from retort.ops.elementwise import core_arithmetic, silu, softplus
@@ -105,14 +105,6 @@ class DenseMambaConfig(MambaConfig):
             yield f"scan_form={self.scan_form!r} is none of {get_args(Form)}"
         if not 1 <= self.chunk_size <= LONGEST:
             yield f"chunk_size={self.chunk_size} is not in 1..{LONGEST}"
-
-
-class PassConvolution(nn.Conv1d):
-    """A depthwise convolution that a pass carries out, by a call, which hooks of offloading see."""
-
-    def forward(self, x: Tensor, layer: int, step: MambaPass) -> Tensor:  # type: ignore[override]
-        """The layer's causal convolution of the pass's tokens ``[n, D]``."""
-        return step.convolve(layer, x, self)
 
 
 class DenseMambaMixer(nn.Module):
@@ -308,7 +300,7 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         want = bool(output_hidden_states)
-        native = self._native(x, cache)
+        native = serves(self.config, x, cache)
         if isinstance(cache, MambaRowCache):
             with cache.feed(x.shape[:2], attention_mask) as feed:
                 counts = cache.layout.counts if cache.layout else ()
@@ -350,13 +342,6 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
             return [x] * (want_inputs * len(self.layers)), x
         *inputs, hidden = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return inputs, hidden
-
-    def _native(self, x: Tensor, cache: MambaRowCache | MambaState | None) -> bool:
-        """Whether the native core runs a pass; without a cache where no form was asked for."""
-        if isinstance(cache, MambaRowCache):
-            return serves(cache, x, self.config.hidden_act)
-        asked = cache is not None or self.config.scan_form != "auto"
-        return not asked and serves(None, x, self.config.hidden_act)
 
     def _uncached(
         self,

@@ -8,6 +8,7 @@ write tokens × states × channels numbers and read them back.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from retort.ops import native
 from retort.ops.native.scan import ScanRows, ragged_convolution, ragged_scan
 from retort.ops.segments import Span
 from retort.ops.selective_scan import ScanInputs
+
+if TYPE_CHECKING:
+    from retort.models.carried import MambaState
+    from retort.models.dense_mamba import DenseMambaConfig
 
 
 class NativePass:
@@ -91,9 +96,16 @@ class NativePass:
         return y
 
 
-def serves(cache: MambaRowCache | None, x: Tensor, act: str) -> bool:
-    """Whether a pass over ``x`` ``[..., hidden]`` with the activation ``act`` can run here."""
-    fits = x.dtype is torch.float32 and x.device.type == "cpu" and act in ("silu", "swish")
+def serves(config: DenseMambaConfig, x: Tensor, cache: MambaRowCache | MambaState | None) -> bool:
+    """Whether a pass over ``x`` ``[..., hidden]`` runs here: inference in float32 on a CPU.
+
+    Without a cache only where no form was asked for; states that the caller carries stay in torch.
+    """
+    fits = x.dtype is torch.float32 and x.device.type == "cpu"
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not fits:
         return False
-    return native.available() if cache is None else cache.on_core
+    if config.hidden_act not in ("silu", "swish"):
+        return False
+    if cache is None:
+        return config.scan_form == "auto" and native.available()
+    return isinstance(cache, MambaRowCache) and cache.on_core

@@ -59,6 +59,14 @@ class MambaPass(Protocol):
         ...
 
 
+class PassConvolution(nn.Conv1d):
+    """A depthwise convolution that a pass carries out, by a call, which hooks of offloading see."""
+
+    def forward(self, x: Tensor, layer: int, step: MambaPass) -> Tensor:  # type: ignore[override]
+        """The layer's causal convolution of the pass's tokens ``[n, D]``."""
+        return step.convolve(layer, x, self)
+
+
 class StateStore(Protocol):
     """Where segments start from, and what takes their states: a `MambaRowCache`, for one."""
 
