@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -106,7 +107,8 @@ def numbers(sums: Mapping[str, float]) -> Sums:
 
 def _dac(sums: Mapping[str, float]) -> Sums:
     count, full = sums["dac.count"], sums["dac.full_kl"]
-    return {
+    spread = _spread("coverage", 0.0, 1.0, sums) | _spread("width", 0.0, math.inf, sums)
+    return spread | {
         "dac/lower": sums["dac.lower"] / count,
         "dac/upper": sums["dac.upper"] / count,
         "dac/coverage": sums["dac.coverage"] / count,
@@ -115,3 +117,14 @@ def _dac(sums: Mapping[str, float]) -> Sums:
         "dac/full_kl": full / count,
         "dac/hidden_share": sums["dac.hidden_kl"] / full if full else 0.0,
     }
+
+
+def _spread(name: str, least: float, most: float, sums: Mapping[str, float]) -> Sums:
+    """Mean ∓ one standard deviation over tokens, which the report draws as a band."""
+    count, squared = sums["dac.count"], sums.get(f"dac.{name}_squared")
+    if squared is None:  # a meter of a checkpoint from before it was kept
+        return {}
+    mean = sums[f"dac.{name}"] / count
+    deviation = math.sqrt(max(squared / count - mean**2, 0.0))
+    ends = {"low": max(mean - deviation, least), "high": min(mean + deviation, most)}
+    return {f"dac/{name}_{end}": value for end, value in ends.items()}

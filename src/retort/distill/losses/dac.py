@@ -142,8 +142,8 @@ class DacTerm:
 
     Statistics (sums over counted tokens): `coverage`, `lower`, `upper` and `width` (u − l) of the
     network's or the fixed band; `full_kl`, the KL with nothing clipped, and `hidden_kl`, what that
-    band hides of it (their ratio is the hidden share); `widened`, the tokens that fell back to the
-    full band. In mode `learned` the total has the *value* of the KL sum and the *gradient* of the
+    band hides of it (their ratio is the hidden share); squares of
+    coverage and width; `widened`, the tokens that fell back to the full band. In mode `learned` the total has the *value* of the KL sum and the *gradient* of the
     Lagrangian
     Σ KL + λ (0.95 − coverage).
     """
@@ -169,6 +169,7 @@ class DacTerm:
         full = clipped_kl(slots, band_share(slots, *self.settings.full_band, self.settings.tau))
         losses, covered = clipped_kl(slots, keep), coverage(slots, keep)
         stats = {"coverage": covered, "width": upper - lower, "lower": lower, "upper": upper}
+        stats |= {f"{name}_squared": stats[name].square() for name in ("coverage", "width")}
         stats |= {"full_kl": full, "hidden_kl": full - losses}
         losses, stats["widened"] = self._widen(losses, full, covered)
         return _sum(rows.counted, self._constrain(losses, covered), stats)
