@@ -143,8 +143,8 @@ class DacTerm:
     Statistics (sums over counted tokens): `coverage`, `lower`, `upper` and `width` (u − l) of the
     network's or the fixed band; `full_kl`, the KL with nothing clipped, and `hidden_kl`, what that
     band hides of it (their ratio is the hidden share); squares of
-    coverage and width; `widened`, the tokens that fell back to the full band. In mode `learned` the total has the *value* of the KL sum and the *gradient* of the
-    Lagrangian
+    coverage and width; `widened`, the tokens that fell back to the full band. In mode
+    `learned` the total has the *value* of the KL sum and the *gradient* of the Lagrangian
     Σ KL + λ (0.95 − coverage).
     """
 
