@@ -5,6 +5,7 @@ All runs use real processes: `kill -9` reaches no Python code of ours.
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -177,6 +178,53 @@ def test_the_command_killed_inside_a_save_goes_on_exactly(parts, tmp_path, place
     run(settings(parts, whole))
     assert [path.name for path in broken.glob(".*")] == [checkpoint.LOCK]
     assert_equal_runs(whole, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_ten_kills_at_random_points_change_nothing(parts, tmp_path):
+    """T23: seven at random steps and moments, three inside a save; then the run is finished."""
+    changes = {"max_steps": 44, "save_steps": 3, "save_total_limit": 2, "learning_rate": 3e-4}
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    path = write_command(settings(parts, broken, **changes), tmp_path / "run.yaml")
+    draw = random.Random(23)
+    places = [*[None] * 7, "save_state", "publish", "_sync"]
+    draw.shuffle(places)
+    reached = []
+    for number, place in enumerate(places):
+        reached.append(kill(broken, path, place, draw, last=4 * (number + 1)))
+    assert reached == sorted(reached) and 0 < reached[-1] < 44, reached
+    subprocess.run([*COMMAND, path], check=True, capture_output=True)
+    run(settings(parts, whole, **changes))
+    assert_equal_runs(whole, broken)
+    assert log(broken)[-1]["step"] == log(whole)[-1]["step"] == 44
+
+
+def kill(folder, path, place, draw, last):
+    """Start the command, kill it, and return the step of the newest checkpoint that is left."""
+    if place is not None:
+        script = [sys.executable, "-c", IN_A_SAVE, place, "distill", "--config", path]
+        done = subprocess.run(script, capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    else:
+        process = subprocess.Popen(
+            [*COMMAND, path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        step = draw.randrange(last)
+        wait_for(lambda: logged_step(folder) >= step, process)
+        time.sleep(draw.random() / 10)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stderr.close()
+    newest = checkpoint.newest(folder)
+    return 0 if newest is None else checkpoint.step_of(newest)
+
+
+def logged_step(folder):
+    """The last step of the log; half a line at its end does not count."""
+    path = folder / "training.jsonl"
+    lines = path.read_text().splitlines(True) if path.is_file() else []
+    return max([json.loads(x)["step"] for x in lines if x.endswith("\n")], default=-1)
 
 
 def wait_for(done, process, seconds=120):
