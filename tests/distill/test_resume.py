@@ -211,7 +211,7 @@ def kill(folder, path, place, draw, last):
             [*COMMAND, path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         step = draw.randrange(last)
-        wait_for(lambda: logged_step(folder) >= step, process)
+        wait_for(lambda: logged_step(folder) >= step, process, seconds=900)
         time.sleep(draw.random() / 10)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
