@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from retort.errors import ConfigurationError
-from retort.evaluate.perplexity import _windows, completion_perplexity, perplexity, token_nll
+from retort.evaluate.perplexity import completion_perplexity, perplexity, token_nll, windows
 from tests.evaluate.tiny import tiny_llama
 
 
@@ -34,7 +34,7 @@ def test_tokens_are_the_weight_not_texts():
 @pytest.mark.parametrize("size", [2, 3, 8, 100])
 def test_windows_score_each_token_once_with_half_a_window_of_context(length, size):
     scored = []
-    for window, first in _windows(list(range(length)), size):
+    for window, first in windows(list(range(length)), size):
         assert len(window) <= size
         assert window[0] == 0 or first >= size // 2
         scored += window[first:]
@@ -44,7 +44,7 @@ def test_windows_score_each_token_once_with_half_a_window_of_context(length, siz
 def test_a_long_text_is_scored_in_windows():
     model, text = tiny_llama(0), "the quick brown fox jumps over"
     ids = tokenize(text)["input_ids"]
-    expected = torch.cat([_losses(model, window, first) for window, first in _windows(ids, 10)])
+    expected = torch.cat([_losses(model, window, first) for window, first in windows(ids, 10)])
     found = perplexity(model, tokenize, [text], max_length=10)
     assert found.tokens == len(ids) - 1
     assert found.nll == pytest.approx(expected.mean().item(), rel=1e-12)

@@ -40,10 +40,10 @@ def perplexity(
     if max_length < 2:
         raise ConfigurationError(f"max_length must be 2 or more to predict a token: {max_length}")
     encoded = (list(tokenizer(text)["input_ids"]) for text in texts)
-    return _total(
+    return total(
         token_nll(model, ids, first, chunk_size)
         for token_ids in encoded
-        for ids, first in _windows(token_ids, max_length)
+        for ids, first in windows(token_ids, max_length)
     )
 
 
@@ -51,7 +51,7 @@ def completion_perplexity(
     model: nn.Module, examples: Sequence[Example], chunk_size: int = 128
 ) -> Perplexity:
     """Perplexity of completions after their prompts (token ids of both); prompts are not scored."""
-    return _total(
+    return total(
         token_nll(model, [*prompt, *completion], len(prompt), chunk_size)
         for prompt, completion in examples
     )
@@ -71,7 +71,7 @@ def token_nll(
     return torch.cat(parts)
 
 
-def _windows(token_ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
+def windows(token_ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
     """Windows of at most ``size`` tokens with the index in each of the first token to score."""
     stride = max(1, size // 2)
     scored = 1
@@ -82,7 +82,8 @@ def _windows(token_ids: list[int], size: int) -> Iterator[tuple[list[int], int]]
         scored = start + len(window)
 
 
-def _total(losses: Iterator[Tensor]) -> Perplexity:
+def total(losses: Iterator[Tensor]) -> Perplexity:
+    """Perplexity over −log p of tokens ``[n]``. Raises ConfigurationError if there is none."""
     total, tokens = 0.0, 0
     for loss in losses:
         total += loss.double().sum().item()
