@@ -86,9 +86,9 @@ def test_one_forward_a_step_over_exactly_the_real_tokens(monkeypatch):
         shapes.append(tuple(kwargs["input_ids"].shape))
         return forward(**kwargs)
 
-    def count(self, given, keep):
+    def count(self, given, *args, **options):
         feeds.append(sum(len(t) for _, t in given))
-        return packed(self, given, keep)
+        return packed(self, given, *args, **options)
 
     with Engine(model, drafter="prompt-lookup", draft_budget=4) as engine:
         monkeypatch.setattr(model, "forward", spy)

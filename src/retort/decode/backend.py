@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from retort.cache.attention import AttentionRowCache
@@ -11,6 +12,7 @@ from retort.cache.varlen import serves as varlen_serves
 from retort.decode.fusion import FusedLayers, Inference
 from retort.errors import ConfigurationError
 from retort.ops import native
+from retort.ops.native.invariant import row_invariant
 from retort.ops.packing import PackedLinears, pack_linears
 
 BACKENDS = ("auto", "native", "torch")
@@ -57,6 +59,10 @@ class Backend:
         self._layers: FusedLayers | None = None
         if self.name == "native":
             self._linears = pack_linears(model, precision=weight_storage, release=release)
+
+    def arithmetic(self) -> AbstractContextManager:
+        """For the time of a pass: element functions whose bits ignore their place."""
+        return row_invariant() if self.name == "native" else nullcontext()
 
     def attention_cache(self) -> AttentionRowCache:
         """An empty attention cache for this arithmetic."""

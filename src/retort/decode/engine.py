@@ -28,7 +28,7 @@ from retort.decode.scoring import score_prompts, wanted
 from retort.decode.stats import EngineStats
 from retort.decode.stopping import extend
 from retort.decode.support import check_supported
-from retort.decode.verify import RULES, verify
+from retort.decode.verify import RULES, greedy, verify
 from retort.errors import ConfigurationError, RetortError
 
 Drafts = list[Draft]
@@ -327,12 +327,13 @@ class Engine:
         feeds = [(p.request.row, p.tokens) for p in plan.prefills]
         decodes = zip(plan.decodes, drafts, strict=True)
         feeds += [(row.row, [*row.pending, *draft.tokens]) for row, draft in decodes]
+        rows = [*(p.request for p in plan.prefills), *plan.decodes]
         if not feeds:
             return None
         keep = [wanted(p) for p in plan.prefills] + [1 + len(d) for d in drafts]
         started = time.perf_counter()
         try:
-            logits = self.target.forward(feeds, keep)
+            logits = self.target.forward(feeds, keep, greedy=all(map(greedy, rows)))
         except Exception as error:
             logits = salvage(self.target, plan, drafts, keep, error)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +20,7 @@ from retort.cache.attention import AttentionRowCache
 from retort.cache.native import NativeAttentionRowCache
 from retort.cache.rows import RowCache
 from retort.decode.backend import Backend
+from retort.decode.head import GreedyHead
 from retort.decode.support import check_supported
 from retort.errors import ConfigurationError
 
@@ -77,6 +78,7 @@ class PackedModel:
             self.backend.fuse(model, _inference)
         self.forward_passes = self.forward_tokens = 0
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._greedy_head = self._find_greedy_head()
 
     def add_row(self) -> int:
         """Open an empty row and return its id."""
@@ -95,20 +97,23 @@ class PackedModel:
         if length != self.cache.length(row):
             self.cache.rewind(row, length)
 
-    def forward(self, feeds: Sequence[Feed], keep: Sequence[int]) -> Tensor:
+    def forward(self, feeds: Sequence[Feed], keep: Sequence[int], greedy: bool = False) -> Tensor:
         """Append new tokens to rows in one pass.
 
         Args:
             feeds: ``(row, tokens)`` pairs, one a row, at least one token each.
             keep: for each feed, how many of its last tokens need logits (0 for none).
+            greedy: only the most likely tokens are needed; where the native core can choose them
+                inside the output layer, logits are not stored.
 
         Returns:
-            Logits ``[Σ keep, vocab]`` in feed order.
+            Logits ``[Σ keep, vocab]`` in feed order, or, ``greedy`` permitting, int64 ``[Σ keep]``:
+            the argmax of each (the lowest of equal ones).
         """
         layout = self.cache.begin([row for row, _ in feeds], [len(t) for _, t in feeds])
         ids = torch.tensor([[t for _, tokens in feeds for t in tokens]], device=self.model.device)
         index = torch.tensor(layout.last_indices(keep), dtype=torch.long, device=self.model.device)
-        logits = self._guarded(ids, layout.position_ids(self.model.device), index)
+        logits = self._guarded(ids, layout.position_ids(self.model.device), index, greedy)
         self._count(layout.total)
         return logits
 
@@ -129,28 +134,52 @@ class PackedModel:
         self.forward_passes += 1
         self.forward_tokens += tokens
 
-    def _guarded(self, ids: Tensor, position_ids: Tensor, index: Tensor) -> Tensor:
+    def _guarded(
+        self, ids: Tensor, position_ids: Tensor, index: Tensor, greedy: bool = False
+    ) -> Tensor:
         """Run a pass; when it fails, rows keep the lengths that they had."""
+        head = self._greedy_head if greedy else None
         try:
-            logits = self._run(ids, position_ids, index)
+            with head.choosing() if head is not None else nullcontext():
+                logits = self._run(ids, position_ids, index)
         except BaseException:
             self.cache.cancel()
             raise
         self.cache.end()
         return logits
 
-    @torch.no_grad()
+    def _find_greedy_head(self) -> GreedyHead | None:
+        """The greedy head, where one token shows that the model hands its result out unchanged."""
+        head = GreedyHead(self.model)
+        if not head.usable:
+            return None
+        row = self.add_row()
+        positions = self.cache.begin([row], [1]).position_ids()
+        try:
+            with head.choosing():
+                logits = self._logits(torch.zeros_like(positions), positions, positions[0])
+        except Exception:  # whatever a foreign forward does with token ids in place of logits
+            return None
+        finally:
+            self.cache.cancel()
+            self.free_row(row)
+        return head if head.untouched(logits) else None
+
     def _run(self, ids: Tensor, position_ids: Tensor, index: Tensor) -> Tensor:
+        logits = self._logits(ids, position_ids, index)[0]
+        return logits if self._takes_logits_to_keep else logits[index]
+
+    @torch.no_grad()
+    def _logits(self, ids: Tensor, position_ids: Tensor, index: Tensor) -> Tensor:
         extra = {"logits_to_keep": index} if self._takes_logits_to_keep else {}
-        with _inference(self.model, self.cache):
-            logits = self.model(
+        with _inference(self.model, self.cache), self.backend.arithmetic():
+            return self.model(
                 input_ids=ids,
                 position_ids=position_ids,
                 past_key_values=self.cache,
                 use_cache=True,
                 **extra,
-            ).logits[0]
-        return logits if self._takes_logits_to_keep else logits[index]
+            ).logits
 
 
 def packed_attention(

@@ -60,16 +60,17 @@ class PaddedModel(PackedModel):
             return RectangularCache(self._pad_input)
         return UnpaddingCache() if self._pad_input else super()._new_cache(tape, max_draft)
 
-    def forward(self, feeds: Sequence[Feed], keep: Sequence[int]) -> Tensor:
+    def forward(self, feeds: Sequence[Feed], keep: Sequence[int], greedy: bool = False) -> Tensor:
         """As `PackedModel.forward`, with every feed padded on the left to the longest one."""
         if not self._pad_input:
-            return super().forward(feeds, keep)
+            return super().forward(feeds, keep, greedy)
         width, most = max(len(t) for _, t in feeds), max(keep)
         ids = torch.tensor([[0] * (width - len(t)) + list(t) for _, t in feeds])
         layout = self.cache.begin([row for row, _ in feeds], [len(t) for _, t in feeds])
         wide = PackedRows((0,) * len(feeds), (width,) * len(feeds), (0,) * len(feeds))
         index = torch.tensor(wide.last_indices([most] * len(feeds)))
-        logits = self._guarded(ids.flatten()[None], _padded_positions(layout, width), index)
+        positions = _padded_positions(layout, width)
+        logits = self._guarded(ids.flatten()[None], positions, index, greedy)
         self._count(len(feeds) * width)
         self.padding_tokens += len(feeds) * width - layout.total
         wanted = [i * most + p for i, k in enumerate(keep) for p in range(most - k, most)]

@@ -30,18 +30,26 @@ def verify(
     Args:
         requests: the rows that decode in this pass.
         drafts: what the pass verified of each row.
-        logits: ``[Σ (1 + len(draft)), vocab]`` in row order.
+        logits: ``[Σ (1 + len(draft)), vocab]`` in row order; for rows that are all `greedy`, their
+            argmax, int64 ``[Σ (1 + len(draft))]``, is enough.
         rule: for sampled rows, "coupled" or "rejection", see `retort.decode.sampling`.
 
     A row whose processing fails gains nothing and gets the finish reason "error".
     """
-    best = torch.argmax(logits, -1).tolist()
+    best = (torch.argmax(logits, -1) if logits.is_floating_point() else logits).tolist()
     emitted, at = [], 0
     for request, draft in zip(requests, drafts, strict=True):
         end = at + len(draft) + 1
         emitted.append(_guarded(request, draft, logits[at:end], best[at:end], rule))
         at = end
     return emitted
+
+
+def greedy(request: Request) -> bool:
+    """Whether nothing of the request's logits but their argmax will be looked at."""
+    params = request.params
+    scored = params.logprobs is not None or params.prompt_logprobs is not None
+    return not scored and is_plain(params, len(request.output))
 
 
 def _guarded(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from retort.errors import ConfigurationError
-from retort.ops.native.elementwise import Norm, rms_norm, rotary
+from retort.ops.native.elementwise import UNARY, Norm, rms_norm, rotary, unary
+from retort.ops.native.invariant import row_invariant
 
 WIDTHS = [1, 7, 64, 129, 576]
 
@@ -39,6 +41,55 @@ def test_rotary_equals_rotate_half(isa, width, rotated):
     assert torch.equal(got[4:5], rotary(x[4:5], cos[4:5], sin[4:5]))
 
 
+WANTED = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "cos": torch.cos,
+    "sin": torch.sin,
+}
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_functions_equal_their_definition_wherever_an_element_stands(isa, name):
+    torch.manual_seed(0)
+    x = torch.cat((10 * torch.randn(500), torch.tensor([0.0, -0.0, 90.0, -90.0, 1e-30, 1e5])))
+    got, want = unary(name, x), WANTED[name](x.double())
+    assert ((got - want).abs() <= 4e-7 * (0.5 + want.abs())).all()
+    for size in (1, 7, 33):
+        assert torch.equal(torch.cat([unary(name, part) for part in x.split(size)]), got)
+    assert unary(name, torch.tensor([torch.nan])).isnan().all()
+    assert unary(name, x[:0]).shape == (0,)
+
+
+def test_inside_the_mode_torchs_functions_are_the_cores_and_only_there():
+    x = torch.randn(2, 3, 37)
+    calls = {
+        "tanh": (torch.tanh, torch.Tensor.tanh),
+        "silu": (F.silu, torch.nn.SiLU()),
+        "gelu": (F.gelu, torch.nn.GELU()),
+        "gelu_tanh": (torch.nn.GELU(approximate="tanh"),),
+        "cos": (torch.cos, torch.Tensor.cos),
+        "sin": (torch.sin, torch.Tensor.sin),
+        "sigmoid": (torch.sigmoid, torch.Tensor.sigmoid),
+    }
+    with torch.no_grad(), row_invariant():
+        for name, functions in calls.items():
+            for function in functions:
+                assert torch.equal(function(x), unary(name, x))
+                assert function(x.transpose(0, 2)).shape == (37, 3, 2)
+        a, b = torch.randn(1, 7, 1), torch.randn(1, 1, 5)
+        assert torch.equal(a @ b, a * b)
+        assert torch.tanh(x.double()).dtype == torch.float64
+        assert torch.equal(F.silu(kept := x.clone(), inplace=True), kept)
+    with row_invariant():
+        wanted = x.clone().requires_grad_()
+        torch.tanh(wanted).sum().backward()
+        assert wanted.grad is not None
+
+
 def test_bad_input_is_refused():
     norm, x, angles = Norm(torch.ones(4), 1e-5), torch.randn(2, 3, 4), torch.randn(2, 4)
     for bad in (
@@ -47,6 +98,10 @@ def test_bad_input_is_refused():
         lambda: rms_norm(x.to("meta"), norm),
         lambda: rms_norm(x, Norm(torch.ones(4).double(), 1e-5)),
         lambda: rms_norm(x, Norm(torch.ones(8)[::2], 1e-5)),
+        lambda: unary("relu", x),
+        lambda: unary("tanh", x.double()),
+        lambda: unary("tanh", x.transpose(0, 1)),
+        lambda: unary("tanh", x.to("meta")),
         lambda: rotary(x[0], angles, angles),
         lambda: rotary(x, angles[:1], angles),
         lambda: rotary(x, angles[:, :3], angles[:, :3]),

@@ -75,6 +75,12 @@ class RotaryCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class UnaryCall(ctypes.Structure):
+    """A function of each element."""
+
+    _fields_: ClassVar[Fields] = _fields(p="x", i="count op", p2="out", t="threads")
+
+
 class Decoder(ctypes.Structure):
     """Weights, norms and heads of a decoder layer."""
 
@@ -151,6 +157,7 @@ CALLS = {
     "retort_attention": AttentionCall,
     "retort_norm": NormCall,
     "retort_rotary": RotaryCall,
+    "retort_unary": UnaryCall,
     "retort_decoder": DecoderCall,
     "retort_activation": ActivationCall,
     "retort_rotate_pairs": RotaryCall,

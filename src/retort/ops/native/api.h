@@ -87,6 +87,24 @@ struct RetortRotaryCall {
   int32_t threads;
 };
 
+enum RetortUnary {
+  RETORT_TANH,
+  RETORT_SIGMOID,
+  RETORT_SILU,
+  RETORT_GELU,
+  RETORT_GELU_TANH,
+  RETORT_COS,
+  RETORT_SIN,
+};
+
+// out[i] = op(x[i]): the bits of an element depend on that element alone.
+struct RetortUnaryCall {
+  const float* x;
+  int64_t count, op;
+  float* out;
+  int32_t threads;
+};
+
 // A decoder layer of the Llama family: norm, attention, residual, norm, gated MLP, residual.
 struct RetortDecoder {
   const RetortLinear *query, *output, *gate, *down;  // query: three layers, query, key and value
@@ -191,6 +209,7 @@ struct RetortKernels {
   void (*attention)(const RetortAttentionCall*);
   void (*norm)(const RetortNormCall*);
   void (*rotary)(const RetortRotaryCall*);
+  void (*unary)(const RetortUnaryCall*);
   void (*decoder)(const RetortDecoderCall*);
   void (*activation)(const RetortActivationCall*);
   void (*rotate_pairs)(const RetortRotaryCall*);

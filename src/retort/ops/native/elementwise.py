@@ -109,3 +109,30 @@ def _check(x: Tensor, n: int) -> None:
         raise ConfigurationError(
             f"expected float32 [..., {n}] on the CPU, not {x.dtype} {tuple(x.shape)} on {x.device}"
         )
+
+
+UNARY = ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "cos", "sin")
+
+
+def unary(name: str, x: Tensor) -> Tensor:
+    """A function of each element of ``x``, float32 and contiguous on the CPU; one of `UNARY`.
+
+    An element's bits depend on that element alone, not on its place or the size of the tensor.
+
+    Raises:
+        ConfigurationError: an unknown name, a tensor that is not as above, or no native core.
+    """
+    if name not in UNARY:
+        raise ConfigurationError(f"unary function {name!r} is none of {UNARY}")
+    if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
+        raise ConfigurationError(
+            f"{name} takes float32 without gaps on the CPU, not {x.dtype} on {x.device} with "
+            f"strides {x.stride()}"
+        )
+    out = torch.empty(x.shape)
+    call = abi.UnaryCall(
+        x.data_ptr(), x.numel(), UNARY.index(name), out.data_ptr(), torch.get_num_threads()
+    )
+    if call.count:
+        native.library().retort_unary(call)
+    return out

@@ -140,6 +140,41 @@ INLINE vf tanh(vf x) {
   return a < splat(0.625f) ? small : large;
 }
 
+// erf(x): three ranges, after Cephes' erff and erfcf.
+INLINE vf erf(vf x) {
+  const vf a = x < vf{} ? -x : x, s = x * x;
+  vf p = splat(7.853861353153693e-5f);
+  p = fma(p, s, splat(-8.010193625184903e-4f));
+  p = fma(p, s, splat(5.188327685732524e-3f));
+  p = fma(p, s, splat(-2.685381193529856e-2f));
+  p = fma(p, s, splat(1.128358514861418e-1f));
+  p = fma(p, s, splat(-3.761262582423300e-1f));
+  p = fma(p, s, splat(1.128379165726710e0f));
+  const vf small = x * p;
+  const vf safe = a < splat(1.f) ? splat(1.f) : a, q = splat(1.f) / safe, y = q * q;
+  vf m = splat(2.326819970068386e-2f);
+  m = fma(m, y, splat(-1.387039388740657e-1f));
+  m = fma(m, y, splat(3.687424674597105e-1f));
+  m = fma(m, y, splat(-5.824733027278666e-1f));
+  m = fma(m, y, splat(6.210004621745983e-1f));
+  m = fma(m, y, splat(-4.944515323274145e-1f));
+  m = fma(m, y, splat(3.404879937665872e-1f));
+  m = fma(m, y, splat(-2.741127028184656e-1f));
+  m = fma(m, y, splat(5.638259427386472e-1f));
+  vf l = splat(-1.047766399936249e1f);
+  l = fma(l, y, splat(1.297719955372516e1f));
+  l = fma(l, y, splat(-7.495518717768503e0f));
+  l = fma(l, y, splat(2.921019019210786e0f));
+  l = fma(l, y, splat(-1.015265279202700e0f));
+  l = fma(l, y, splat(4.218463358204948e-1f));
+  l = fma(l, y, splat(-2.820767439740514e-1f));
+  l = fma(l, y, splat(5.641895067754075e-1f));
+  vf large = splat(1.f) - exp(-s) * q * (a < splat(2.f) ? m : l);
+  large = x < vf{} ? -large : large;
+  return a < splat(1.f) ? small : large;
+}
+
+INLINE vf sigmoid(vf x) { return splat(1.f) / (splat(1.f) + exp(-x)); }
 INLINE vf silu(vf x) { return x / (splat(1.f) + exp(-x)); }
 
 INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
