@@ -67,6 +67,7 @@ def test_every_layer_is_fused_and_gives_the_models_own_logits(family):
     want = run(PackedModel(model, cpu_backend="torch"))
     packed = PackedModel(model, cpu_backend="native")
     assert len(packed.backend._layers.fused) == 2, packed.backend._layers.skipped
+    assert packed.backend._stack is not None, packed.backend._layers.skipped
     torch.testing.assert_close(run(packed), want, atol=1e-4, rtol=1e-4)
     packed.close()
     assert all("forward" not in m.__dict__ for m in model.modules())
@@ -109,6 +110,64 @@ def test_layers_that_compute_something_else_keep_their_forward(make):
     packed = PackedModel(model, cpu_backend="native")
     assert not packed.backend._layers.fused
     torch.testing.assert_close(run(packed), want, atol=1e-4, rtol=1e-4)
+
+
+def test_one_native_call_runs_all_layers_of_a_step(monkeypatch):
+    packed, calls = PackedModel(build(FAMILIES["qwen3"]), cpu_backend="native"), []
+    for name in ("retort_stack", "retort_decoder", "retort_linear", "retort_linear_dense"):
+        monkeypatch.setattr(native.library(), name, spy(name, calls))
+    run(packed)
+    assert calls == ["retort_stack", "retort_linear_dense"] * 3
+
+
+def spy(name, calls):
+    entry = getattr(native.library(), name)
+
+    def call(*args):
+        calls.append(name)
+        return entry(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("change", ["a layer", "the body"])
+def test_a_body_that_does_something_else_keeps_its_forward(change):
+    model = build(FAMILIES["llama"])
+    if change == "a layer":
+        model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    else:
+        scaled = lambda module, args, out: 3 * out  # noqa: E731
+        model.model.norm.register_forward_hook(scaled)
+    want = run(PackedModel(model, cpu_backend="torch"))
+    packed = PackedModel(model, cpu_backend="native")
+    assert packed.backend._stack is None
+    assert packed.backend._layers.skipped["model"]
+    torch.testing.assert_close(run(packed), want, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_grow_leave_and_return_move_their_buffers():
+    """The stack keeps addresses between passes: every way a buffer can move is followed."""
+    packed = PackedModel(build(FAMILIES["llama"]), cpu_backend="native")
+    tokens = torch.randint(70, (3, 60)).tolist()
+    alone = []
+    for row_tokens in tokens:
+        row = packed.add_row()
+        alone.append(packed.forward([(row, row_tokens)], [60]))
+        packed.free_row(row)
+    rows = [packed.add_row() for _ in tokens]
+    for at in range(0, 40, 4):
+        feeds = [(row, t[at : at + 4]) for row, t in zip(rows, tokens, strict=True)]
+        outs = packed.forward(feeds, [4] * 3).split(4)
+        for out, want in zip(outs, alone, strict=True):
+            assert torch.equal(out, want[at : at + 4])
+    packed.free_row(rows[0])
+    rows[0] = packed.add_row()
+    packed.forward([(rows[0], tokens[0][:40])], [0])
+    packed.cache.select([2, 0, 1])
+    order = [tokens[2], tokens[0], tokens[1]], [alone[2], alone[0], alone[1]]
+    feeds = [(row, t[40:]) for row, t in enumerate(order[0])]
+    for out, want in zip(packed.forward(feeds, [20] * 3).split(20), order[1], strict=True):
+        assert torch.equal(out, want[40:])
 
 
 def test_outside_a_pass_and_with_gradients_the_own_forward_runs():

@@ -74,7 +74,8 @@ def test_the_engine_stores_logits_only_where_a_row_needs_them(monkeypatch, sampl
         return out
 
     monkeypatch.setattr(PackedModel, "forward", spy)
-    with Engine(toy(dtype=torch.float32), cpu_backend="native", drafter="prompt-lookup") as engine:
+    options = {"drafter": "prompt-lookup", "draft_budget": 3}
+    with Engine(toy(dtype=torch.float32), cpu_backend="native", **options) as engine:
         engine.generate(prompts(), max_new_tokens=12, **sampling)
     assert shapes == ({2} if stored else {1})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from retort.cache.attention import AttentionRowCache
 from retort.cache.rows import PackedRows
 from retort.ops.native.attention import RaggedLayout, RowBuffers, ragged_attention
+from retort.ops.native.stack import StackBuffers
 
 
 class NativeAttentionRowCache(AttentionRowCache):
@@ -19,6 +21,7 @@ class NativeAttentionRowCache(AttentionRowCache):
         super().__init__(poison)
         self._new: tuple[Tensor, Tensor] | None = None
         self._ragged: RaggedLayout | None = None
+        self._stack: tuple[tuple, StackBuffers] | None = None
         self._pointers: dict[int, tuple[tuple, RowBuffers]] = {}
         self._generation = 0
 
@@ -33,6 +36,18 @@ class NativeAttentionRowCache(AttentionRowCache):
         assert self._ragged is not None
         self._open_layer(layer_idx, torch.empty(1, kv_heads, 0, width))
         return self._ragged, self._row_buffers(layer_idx)
+
+    def stack_places(
+        self, layers: Sequence[int], kv_heads: int, width: int
+    ) -> tuple[RaggedLayout, StackBuffers]:
+        """`places` of all layers at once; found again at each pass only when a row moved."""
+        assert self._ragged is not None
+        key = (self._active().rows, self._generation)
+        if self._stack is None or self._stack[0] != key:
+            buffers = [self.places(layer, kv_heads, width)[1] for layer in layers]
+            key = (key[0], self._generation)  # new rows were given buffers
+            self._stack = key, StackBuffers(buffers)
+        return self._ragged, self._stack[1]
 
     def attend(self, layer_idx: int, query: Tensor, value_dim: int, **options: Any) -> Tensor:
         """Append, then attention of packed queries ``[1, heads, total, head_dim]``."""
@@ -60,7 +75,12 @@ class NativeAttentionRowCache(AttentionRowCache):
     def _close(self, row: int) -> None:
         self._generation += 1
         self._pointers.clear()
+        self._stack = None
         super()._close(row)
+
+    def _copy_in(self, row: int, state: Any) -> None:
+        self._generation += 1
+        super()._copy_in(row, state)
 
     def _open_layer(self, layer_idx: int, like: Tensor) -> None:
         """Give rows that are new to a layer a buffer in it."""

@@ -10,6 +10,7 @@ from retort.cache.native import NativeAttentionRowCache, serves
 from retort.cache.varlen import VarlenAttentionRowCache
 from retort.cache.varlen import serves as varlen_serves
 from retort.decode.fusion import FusedLayers, Inference
+from retort.decode.stack import FusedStack
 from retort.errors import ConfigurationError
 from retort.ops import native
 from retort.ops.native.invariant import row_invariant
@@ -57,6 +58,7 @@ class Backend:
         self._varlen = varlen_serves(model.device, model.dtype)
         self._linears: PackedLinears | None = None
         self._layers: FusedLayers | None = None
+        self._stack: FusedStack | None = None
         if self.name == "native":
             self._linears = pack_linears(model, precision=weight_storage, release=release)
 
@@ -74,6 +76,14 @@ class Backend:
         """Run decoder layers that the core knows as one call each; see `retort.decode.fusion`."""
         if self.name == "native":
             self._layers = FusedLayers(model, inference)
+            if self._layers.fused:
+                self._fuse_stack(model, self._layers, inference)
+
+    def _fuse_stack(self, model: Any, layers: FusedLayers, inference: Inference) -> None:
+        try:
+            self._stack = FusedStack(model, layers, inference)
+        except Exception as error:  # whatever a foreign forward raises, it keeps that forward
+            layers.skipped[model.base_model_prefix] = f"{type(error).__name__}: {error}"
 
     def refresh(self) -> None:
         """Pack the model's present weights again, after a training step."""
@@ -81,9 +91,14 @@ class Backend:
             self._linears.refresh()
         if self._layers is not None:
             self._layers.refresh()
+        if self._stack is not None:
+            self._stack.refresh()
 
     def close(self) -> None:
         """Put the model's own layers back."""
+        if self._stack is not None:
+            self._stack.restore()
+            self._stack = None
         if self._layers is not None:
             self._layers.restore()
             self._layers = None

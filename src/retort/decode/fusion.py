@@ -70,7 +70,7 @@ class FusedLayers:
             except Exception as error:  # whatever a foreign forward raises, it keeps that forward
                 self.skipped[name] = f"{type(error).__name__}: {error}"
                 continue
-            layer.forward = _Forward(_forward, fused, layer.forward)
+            layer.forward = OwnForward(_forward, fused, layer.forward)
             self.fused.append(fused)
 
     def refresh(self) -> None:
@@ -85,7 +85,7 @@ class FusedLayers:
         self.fused.clear()
 
 
-class _Forward(partial):
+class OwnForward(partial):
     """A fused layer's forward; a copy of the layer gets its class's own, without the core."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable:
@@ -155,7 +155,7 @@ def _probe(model: Any, name: str, layer: Any, inference: Inference) -> FusedLaye
     """
     rotary = _rotary(model, name)
     own, ours = _Recorder(), NativeAttentionRowCache()
-    passes = [((0, 1), (3, 2)), ((1, 0), (1, 4))]
+    passes = probe_passes(own, ours)
     inputs = _probe_inputs(layer, [sum(counts) for _, counts in passes])
     with inference(model, own):
         want = [
@@ -165,9 +165,21 @@ def _probe(model: Any, name: str, layer: Any, inference: Inference) -> FusedLaye
     forward = partial(_forward, fused, layer.forward)
     got = [_run(forward, rotary, ours, *p, x) for p, x in zip(passes, inputs, strict=True)]
     for a, b in zip(got, want, strict=True):
-        if not torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * float(b.abs().max())):
+        if not close(a, b):
             raise RetortError("its own forward gives other numbers than the native layer")
     return fused
+
+
+def probe_passes(*caches: NativeAttentionRowCache) -> list[tuple[tuple, tuple]]:
+    """Rows and token counts of two passes; the caches get the rows."""
+    for cache in caches:
+        cache.add_row(), cache.add_row()
+    return [((0, 1), (3, 2)), ((1, 0), (1, 4))]
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    """Whether two ways of computing the same agree up to rounding."""
+    return torch.allclose(got, want, rtol=_TOLERANCE, atol=_TOLERANCE * float(want.abs().max()))
 
 
 def _fuse(layer: Any, options: dict[str, Any]) -> FusedLayer:
@@ -190,15 +202,15 @@ def _native_decoder(layer: Any, options: AttentionOptions) -> NativeDecoder:
         gate=mlp.gate_proj.packed,
         up=mlp.up_proj.packed,
         down=mlp.down_proj.packed,
-        attention_norm=_norm(layer.input_layernorm),
-        mlp_norm=_norm(layer.post_attention_layernorm),
+        attention_norm=norm_of(layer.input_layernorm),
+        mlp_norm=norm_of(layer.post_attention_layernorm),
         attention=options,
-        query_norm=_norm(getattr(attention, "q_norm", None)),
-        key_norm=_norm(getattr(attention, "k_norm", None)),
+        query_norm=norm_of(getattr(attention, "q_norm", None)),
+        key_norm=norm_of(getattr(attention, "k_norm", None)),
     )
 
 
-def _norm(module: Any) -> Any:
+def norm_of(module: Any) -> Any:
     """The RMSNorm of a module, its offset (0 or 1) left to the probe: 0 unless it is Gemma's."""
     if module is None:
         return None
@@ -231,8 +243,6 @@ def _run(
     counts: Sequence[int],
     x: Tensor,
 ) -> Tensor:
-    while len(cache.rows) < len(rows):
-        cache.add_row()
     layout = cache.begin(rows, counts)
     positions = layout.position_ids()
     try:

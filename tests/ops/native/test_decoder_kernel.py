@@ -12,6 +12,7 @@ from retort.ops.linear import gated, pack, packed_linear, packed_linears
 from retort.ops.native.attention import RaggedLayout, RowBuffers, ragged_attention
 from retort.ops.native.decoder import AttentionOptions, NativeDecoder
 from retort.ops.native.elementwise import Norm, rms_norm, rotary
+from retort.ops.native.stack import NativeStack, StackBuffers
 
 HEADS, KV_HEADS, DK, DV = 6, 2, 20, 20
 COUNTS, STARTS = [1, 40, 3], [70, 0, 9]
@@ -87,6 +88,48 @@ def test_it_has_the_bits_of_the_separate_kernels(isa, threads, head_norms, optio
         torch.set_num_threads(before)
     assert torch.equal(got, want)
     assert all(torch.equal(a, b) for a, b in zip(buffers, copies, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_stack_has_the_bits_of_its_layers_one_by_one(isa, threads):
+    layers = [new_decoder(), new_decoder(sliding_window=8), new_decoder(softcap=5.0)]
+    norm = Norm(torch.randn(72), 1e-5)
+    x, cos, sin, buffers = new_pass()
+    places = [layout_and_buffers(range(3), [b.clone() for b in buffers]) for _ in range(6)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        stack = NativeStack(layers, norm)
+        got = stack(x, cos, sin, places[0][0], StackBuffers([p[1] for p in places[:3]]))
+    finally:
+        torch.set_num_threads(before)
+    want = x
+    for layer, place in zip(layers, places[3:], strict=True):
+        want = layer(want, cos, sin, *place)
+    assert torch.equal(got, rms_norm(want, norm))
+    for a, b in zip(places[:3], places[3:], strict=True):
+        assert all(
+            torch.equal(s, t) for s, t in zip(*(p[1]._alive[0] for p in (a, b)), strict=True)
+        )
+
+
+def test_stacks_that_do_not_fit_are_refused():
+    layer, norm = new_decoder(), Norm(torch.ones(72), 1e-5)
+    x, cos, sin, buffers = new_pass()
+    layout, places = layout_and_buffers(range(3), buffers)
+    stack = NativeStack([layer, layer], norm)
+    for bad in (
+        lambda: NativeStack([], norm),
+        lambda: NativeStack([layer, new_decoder(inner=64)], norm),
+        lambda: NativeStack([layer], Norm(torch.ones(3), 1e-5)),
+        lambda: StackBuffers([]),
+        lambda: StackBuffers([places, layout_and_buffers([0], buffers)[1]]),
+        lambda: stack(x, cos, sin, layout, StackBuffers([places])),
+        lambda: stack(x.double(), cos, sin, layout, StackBuffers([places] * 2)),
+        lambda: stack(x, cos[1:], sin[1:], layout, StackBuffers([places] * 2)),
+    ):
+        with pytest.raises(ConfigurationError):
+            bad()
 
 
 def test_a_row_alone_has_the_bits_of_the_row_in_company(isa):

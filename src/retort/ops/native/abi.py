@@ -151,6 +151,20 @@ class ConvCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class Stack(ctypes.Structure):
+    """All decoder layers of a model and the norm after them."""
+
+    _fields_: ClassVar[Fields] = _fields(p="layers", i="count", p2="norm", f="eps offset")
+
+
+class StackCall(ctypes.Structure):
+    """All decoder layers of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="stack rows key_rows value_rows cos sin", i="rotated total", p2="x out", t="threads"
+    )
+
+
 CALLS = {
     "retort_linear": LinearCall,
     "retort_argmax": ArgmaxCall,
@@ -165,6 +179,7 @@ CALLS = {
     "retort_fold": FoldCall,
     "retort_scan": ScanCall,
     "retort_convolution": ConvCall,
+    "retort_stack": StackCall,
 }
 
 

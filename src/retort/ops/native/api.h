@@ -200,6 +200,24 @@ struct RetortConvCall {
   const float* weight;   // [channels, kernel]
   const float* bias;     // [channels], or null
   float* out;            // [total, channels]
+
+// All decoder layers of a model, of equal sizes, and the RMSNorm after them.
+struct RetortStack {
+  const RetortDecoder* const* layers;
+  int64_t count;
+  const float* norm;  // [hidden]
+  float eps, offset;
+};
+
+struct RetortStackCall {
+  const RetortStack* stack;
+  const RetortRows* rows;
+  float* const* const* key_rows;  // for each layer
+  float* const* const* value_rows;
+  const float *cos, *sin;  // [total, rotated]
+  int64_t rotated, total;
+  const float* x;  // [total, hidden]
+  float* out;      // [total, hidden]
   int32_t threads;
 };
 
@@ -217,5 +235,7 @@ struct RetortKernels {
   void (*fold)(const RetortFoldCall*);
   void (*scan)(const RetortScanCall*);
   void (*convolution)(const RetortConvCall*);
+
+  void (*stack)(const RetortStackCall*);
 };
 }

@@ -1,4 +1,4 @@
-// A whole decoder layer in one parallel region: each step is split over the team, with a barrier
+// A whole decoder layer, or all of them, in one parallel region: each step is split over the team, with a barrier
 // between steps. The arithmetic of every step is that of the separate kernels.
 #pragma once
 #include "attention.h"
@@ -9,7 +9,7 @@ namespace RETORT_ISA {
 
 // Intermediate rows of a layer, in one allocation.
 struct Work {
-  float *normed, *query, *key, *value, *attended, *middle, *inner, *memory;
+  float *normed, *query, *key, *value, *attended, *middle, *inner, *stream, *memory;
   Work(const RetortDecoder* d, int64_t m) {
     const RetortHeads* h = d->heads;
     const int64_t hidden = d->query->k;
@@ -19,12 +19,13 @@ struct Work {
                               h->kv_heads * h->value_width,
                               h->heads * h->value_width,
                               hidden,
-                              d->gate->n};
-    float** fields[] = {&normed, &query, &key, &value, &attended, &middle, &inner};
+                              d->gate->n,
+                              hidden};
+    float** fields[] = {&normed, &query, &key, &value, &attended, &middle, &inner, &stream};
     int64_t total = 0;
     for (int64_t w : widths) total += ceil_div(m * w, 16) * 16;
     float* at = memory = (float*)aligned_alloc(64, total * sizeof(float));
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 8; i++) {
       *fields[i] = at;
       at += ceil_div(m * widths[i], 16) * 16;
     }
@@ -93,31 +94,55 @@ INLINE RetortAttentionCall attention_call(const RetortDecoderCall* c, const Work
   return a;
 }
 
-static void decoder(const RetortDecoderCall* c) {
+// What one thread of a team does of a layer. `out` may be `x`: the input is read for the last time
+// before the result is written, with a barrier between.
+static void decoder_part(const RetortDecoderCall* c, Work& w, int64_t* next, const Team& team) {
   const RetortDecoder* d = c->layer;
   const int64_t hidden = d->query->k, m = c->total;
-  Work w(d, m);
   const Linears l(c, w);
   const RetortAttentionCall attention = attention_call(c, w);
+  norm_part(c->x, d->attention_norm, m, hidden, d->attention_eps, d->attention_offset, w.normed,
+            team);
+  team.barrier();
+  linear_part(&l.query, team);
+  team.barrier();
+  place_part(c, w, team);
+  team.barrier();
+  attention_part(&attention, next);
+  team.barrier();
+  linear_part(&l.output, team);
+  team.barrier();
+  norm_part(w.middle, d->mlp_norm, m, hidden, d->mlp_eps, d->mlp_offset, w.normed, team);
+  team.barrier();
+  linear_part(&l.gate, team);
+  team.barrier();
+  linear_part(&l.down, team);
+}
+
+static void decoder(const RetortDecoderCall* c) {
+  Work w(c->layer, c->total);
   int64_t next = 0;
+  run_team(c->threads, [&](const Team& team) { decoder_part(c, w, &next, team); });
+}
+
+// All layers in one parallel region.
+static void stack(const RetortStackCall* c) {
+  const RetortStack* s = c->stack;
+  const int64_t hidden = s->layers[0]->query->k;
+  Work w(s->layers[0], c->total);
+  int64_t* next = (int64_t*)calloc(s->count, sizeof(int64_t));
   run_team(c->threads, [&](const Team& team) {
-    norm_part(c->x, d->attention_norm, m, hidden, d->attention_eps, d->attention_offset, w.normed,
-              team);
-    team.barrier();
-    linear_part(&l.query, team);
-    team.barrier();
-    place_part(c, w, team);
-    team.barrier();
-    attention_part(&attention, &next);
-    team.barrier();
-    linear_part(&l.output, team);
-    team.barrier();
-    norm_part(w.middle, d->mlp_norm, m, hidden, d->mlp_eps, d->mlp_offset, w.normed, team);
-    team.barrier();
-    linear_part(&l.gate, team);
-    team.barrier();
-    linear_part(&l.down, team);
+    for (int64_t i = 0; i < s->count; i++) {
+      const float* x = i ? w.stream : c->x;
+      const RetortDecoderCall call = {s->layers[i], c->rows,  c->key_rows[i], c->value_rows[i],
+                                      c->cos,       c->sin,   c->rotated,     c->total,
+                                      x,            w.stream, 0};
+      decoder_part(&call, w, next + i, team);
+      team.barrier();
+    }
+    norm_part(w.stream, s->norm, c->total, hidden, s->eps, s->offset, c->out, team);
   });
+  free(next);
 }
 
 }  // namespace RETORT_ISA

@@ -75,11 +75,11 @@ class NativeDecoder:
         Returns:
             Like ``x``.
         """
-        self._check_call(x, layout, buffers)
+        self.check_call(x, layout, buffers)
         check_angles(cos, sin, layout.total, self.key_width)
         out = torch.empty(x.shape)
         call = abi.DecoderCall(
-            self._address, layout.address, buffers.keys, buffers.values, cos.data_ptr(),
+            self.address, layout.address, buffers.keys, buffers.values, cos.data_ptr(),
             sin.data_ptr(), cos.shape[1], layout.total, x.data_ptr(), out.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -102,8 +102,16 @@ class NativeDecoder:
         """Width of a value head."""
         return self.projections[2].n // self.attention.kv_heads
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Hidden, query, key/value and inner width, heads, key/value heads."""
+        query, _, value = self.projections
+        heads = self.attention.heads, self.attention.kv_heads
+        return (self.hidden, query.n, value.n, self.gate.n, *heads)
+
     @cached_property
-    def _address(self) -> int:
+    def address(self) -> int:
+        """Where the layer lies."""
         return ctypes.addressof(self._structs[-1])
 
     @cached_property
@@ -149,7 +157,8 @@ class NativeDecoder:
         if wrong:
             raise ConfigurationError(f"sizes of a decoder layer do not fit together: {wrong}")
 
-    def _check_call(self, x: Tensor, layout: RaggedLayout, buffers: RowBuffers) -> None:
+    def check_call(self, x: Tensor, layout: RaggedLayout, buffers: RowBuffers) -> None:
+        """Refuse what `__call__` cannot read."""
         fits = x.dtype is torch.float32 and x.is_cpu and x.is_contiguous()
         if not fits or x.shape[-1:] != (self.hidden,) or x.numel() != layout.total * self.hidden:
             raise ConfigurationError(
