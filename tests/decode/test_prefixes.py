@@ -181,7 +181,7 @@ def test_a_row_that_failed_leaves_nothing_behind(monkeypatch):
         engine.prefixes.clear()
         forward = engine.target.forward
         with monkeypatch.context() as patch:
-            patch.setattr(engine.target, "forward", lambda *_: 1 / 0)
+            patch.setattr(engine.target, "forward", lambda *_, **__: 1 / 0)
             engine.add_request(prompt, request_id="broken")
             with pytest.raises(ZeroDivisionError):
                 engine.step()
