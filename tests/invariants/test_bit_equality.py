@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+from retort.cli.env import inspect_model
 from retort.decode.engine import Engine
 from retort.decode.invariance import variant_modules
 from retort.decode.packed import PackedModel
@@ -141,6 +142,20 @@ def test_modules_that_depend_on_their_company_are_named():
     model.transformer.h[1].mlp.act = Company()
     packed = PackedModel(model, cpu_backend="native")
     assert variant_modules(packed) == {"transformer.h.1.mlp.act": "Company"}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_command_line_says_what_runs_natively_and_what_does_not(family, tmp_path):
+    model = toy(family, dtype=torch.float32, num_hidden_layers=2)
+    model.save_pretrained(tmp_path)
+    facts = inspect_model(str(tmp_path))
+    assert facts["cpu_backend"] == "native" and facts["packed_linears"] > 8
+    if family == "llama":
+        assert facts["fused_layers"] == 2 and facts["one_call_a_step"]
+        assert facts["variant_modules"] == facts["linears_in_torch"] == {}
+    else:
+        assert any("expert" in name for name in facts["linears_in_torch"])
+        assert facts["variant_modules"]["model.layers.0.mlp.gate"] == "MixtralTopKRouter"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

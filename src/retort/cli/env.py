@@ -24,16 +24,23 @@ def add_to(app: typer.Typer) -> None:
 
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object for a machine.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Also say what of this model runs natively, and which modules do not."),
+    ] = None,
 ) -> None:
     """Print versions, devices and the CPU backend in use.
 
     Example: retort env --json
     """
     facts = environment()
+    if model is not None:
+        facts["model"] = inspect_model(model)
     if as_json:
         print_json(facts)
         return
-    flat = {k: v for k, v in facts.items() if k != "versions"} | facts["versions"]
+    flat = {k: v for k, v in facts.items() if k not in ("versions", "model")} | facts["versions"]
+    flat |= {f"model: {k}": v for k, v in facts.get("model", {}).items()}
     rows = [(k, ", ".join(v) if isinstance(v, list) else str(v)) for k, v in flat.items()]
     print_table(("what", "value"), rows)
 
@@ -56,6 +63,19 @@ def environment() -> dict[str, Any]:
         "cache": str(cache_root()),
         "versions": versions(_PACKAGES),
     }
+
+
+def inspect_model(name: str) -> dict[str, Any]:
+    """What of a model runs natively, and ``variant_modules``: whose bits depend on the batch."""
+    from retort.decode.invariance import variant_modules
+    from retort.decode.packed import PackedModel
+    from retort.models.zoo import load_model
+
+    packed = PackedModel(load_model(name, "float32"), release_weights=True)
+    try:
+        return packed.backend.facts() | {"variant_modules": variant_modules(packed)}
+    finally:
+        packed.close()
 
 
 def _cpu_backend() -> dict[str, Any]:

@@ -85,6 +85,18 @@ class Backend:
         except Exception as error:  # whatever a foreign forward raises, it keeps that forward
             layers.skipped[model.base_model_prefix] = f"{type(error).__name__}: {error}"
 
+    def facts(self) -> dict[str, Any]:
+        """What of the model runs natively, and the names of what does not, with the reason."""
+        linears, layers = self._linears, self._layers
+        return {
+            "cpu_backend": self.name,
+            "packed_linears": len(linears.packed) if linears else 0,
+            "linears_in_torch": dict(linears.skipped) if linears else {},
+            "fused_layers": len(layers.fused) if layers else 0,
+            "layers_in_torch": dict(layers.skipped) if layers else {},
+            "one_call_a_step": self._stack is not None,
+        }
+
     def refresh(self) -> None:
         """Pack the model's present weights again, after a training step."""
         if self._linears is not None:

@@ -26,6 +26,7 @@ from retort.errors import ConfigurationError
 
 ATTENTION = "retort_rows"
 TAPES = ("draft", "completion")
+MAX_PASS_TOKENS = 512  # up to here the packed linear is measured against PyTorch's
 
 # The attention function gets its cache from here: some models drop keywords that they do not know.
 _active_cache: ContextVar[AttentionRowCache | None] = ContextVar("row cache", default=None)
@@ -110,12 +111,30 @@ class PackedModel:
             Logits ``[Σ keep, vocab]`` in feed order, or, ``greedy`` permitting, int64 ``[Σ keep]``:
             the argmax of each (the lowest of equal ones).
         """
+        if self._divides and sum(len(tokens) for _, tokens in feeds) > MAX_PASS_TOKENS:
+            return self._in_parts(feeds, keep, greedy)
         layout = self.cache.begin([row for row, _ in feeds], [len(t) for _, t in feeds])
         ids = torch.tensor([[t for _, tokens in feeds for t in tokens]], device=self.model.device)
         index = torch.tensor(layout.last_indices(keep), dtype=torch.long, device=self.model.device)
         logits = self._guarded(ids, layout.position_ids(self.model.device), index, greedy)
         self._count(layout.total)
         return logits
+
+    def _in_parts(self, feeds: Sequence[Feed], keep: Sequence[int], greedy: bool) -> Tensor:
+        """A long pass as several of at most `MAX_PASS_TOKENS`: the same bits, all or nothing."""
+        before = [(row, self.cache.length(row)) for row, _ in feeds]
+        try:
+            outs = [self.forward(*part, greedy) for part in _parts(feeds, keep, MAX_PASS_TOKENS)]
+        except BaseException:
+            for row, length in before:
+                self.rewind(row, length)
+            raise
+        return torch.cat(outs)
+
+    @property
+    def _divides(self) -> bool:
+        """Whether long passes are cut: natively, where cutting changes no bit."""
+        return type(self.cache) is NativeAttentionRowCache
 
     def close(self) -> None:
         """Let every row go and put the model's own modules back."""
@@ -180,6 +199,27 @@ class PackedModel:
                 use_cache=True,
                 **extra,
             ).logits
+
+
+def _parts(
+    feeds: Sequence[Feed], keep: Sequence[int], limit: int
+) -> Iterator[tuple[list[Feed], list[int]]]:
+    """Feeds in order, cut into passes of ``limit`` tokens, with what each keeps of its last."""
+    part: list[Feed] = []
+    kept: list[int] = []
+    room = limit
+    for (row, tokens), wanted in zip(feeds, keep, strict=True):
+        start = 0
+        while start < len(tokens):
+            piece = tokens[start : start + room]
+            start, room = start + len(piece), room - len(piece)
+            part.append((row, piece))
+            kept.append(min(len(piece), max(0, wanted - (len(tokens) - start))))
+            if not room:
+                yield part, kept
+                part, kept, room = [], [], limit
+    if part:
+        yield part, kept
 
 
 def packed_attention(

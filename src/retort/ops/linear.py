@@ -173,6 +173,8 @@ def packed_argmax(x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor]:
     Returns:
         int64 ``[...]`` and float32 ``[...]``.
     """
+    if torch.compiler.is_compiling():
+        return _packed_argmax_op(x, weight.data, weight.bias, weight.n)
     _check_input(x, (weight,))
     if weight.up:
         raise ConfigurationError("packed_argmax() takes a plain layer, this one is gated")
@@ -308,3 +310,16 @@ def _(
     residual: Tensor | None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.custom_op("retort::packed_argmax", mutates_args=())
+def _packed_argmax_op(
+    x: Tensor, data: Tensor, bias: Tensor | None, n: int
+) -> tuple[Tensor, Tensor]:
+    return packed_argmax(x, PackedWeight(data, n, bias))
+
+
+@_packed_argmax_op.register_fake
+def _(x: Tensor, data: Tensor, bias: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+    lead = x.shape[:-1]
+    return x.new_empty(lead, dtype=torch.int64), x.new_empty(lead, dtype=torch.float32)

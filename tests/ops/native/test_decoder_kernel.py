@@ -109,7 +109,7 @@ def test_a_stack_has_the_bits_of_its_layers_one_by_one(isa, threads):
     assert torch.equal(got, rms_norm(want, norm))
     for a, b in zip(places[:3], places[3:], strict=True):
         assert all(
-            torch.equal(s, t) for s, t in zip(*(p[1]._alive[0] for p in (a, b)), strict=True)
+            torch.equal(s, t) for s, t in zip(*(p[1].tensors[0] for p in (a, b)), strict=True)
         )
 
 

@@ -47,6 +47,7 @@ class RaggedLayout:
                     f"{count} new tokens after {start} do not fit a row buffer of {capacity}"
                 )
         offsets = tuple(accumulate(counts, initial=0))
+        self.starts, self.counts = tuple(starts), tuple(counts)
         self.rows, self.total, self.capacities = len(counts), offsets[-1], tuple(capacities)
         cost = [count * (start + count) for start, count in zip(starts, counts, strict=True)]
         order = sorted(range(self.rows), key=lambda row: -cost[row])
@@ -76,7 +77,7 @@ class RowBuffers:
                 raise ConfigurationError(
                     f"key buffer {tuple(key.shape)} and value buffer {tuple(value.shape)} differ"
                 )
-        self._alive = (tuple(keys), tuple(values))
+        self.tensors = tuple(keys), tuple(values)
         self.capacities = tuple(key.shape[1] for key in keys)
         self.kv_heads = keys[0].shape[0] if keys else 0
         self.key_width = keys[0].shape[2] if keys else 0
@@ -117,6 +118,11 @@ def ragged_attention(
     Raises:
         ConfigurationError: a tensor does not fit the layout or the buffers, or there is no core.
     """
+    if torch.compiler.is_compiling():
+        return _ragged_attention_op(
+            query, key, value, layout.starts, layout.counts, *map(list, buffers.tensors),
+            scaling, sliding_window, softcap, sinks,
+        )  # fmt: skip
     heads = _check_call(query, key, value, layout, buffers, sinks)
     if sliding_window is not None and sliding_window < 1:
         raise ConfigurationError(f"sliding_window must be at least 1, not {sliding_window}")
@@ -186,3 +192,41 @@ def _check_buffer(buffer: Tensor, like: Tensor) -> None:
             "row buffers are float32 [kv_heads, capacity, width], contiguous, on the CPU, all of "
             f"one layer with the same heads and width; not {buffer.dtype} {tuple(shape)}"
         )
+
+
+@torch.library.custom_op("retort::ragged_attention", mutates_args=("keys", "values"))
+def _ragged_attention_op(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    starts: Sequence[int],
+    counts: Sequence[int],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    layout = RaggedLayout(starts, counts, [k.shape[1] for k in keys])
+    return ragged_attention(
+        query, key, value, layout, RowBuffers(keys, values), scaling=scaling,
+        sliding_window=sliding_window, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+
+
+@_ragged_attention_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    starts: Sequence[int],
+    counts: Sequence[int],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1] * values[0].shape[2])

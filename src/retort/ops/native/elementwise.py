@@ -50,6 +50,8 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     Raises:
         ConfigurationError: type, device or width do not fit, or there is no native core.
     """
+    if torch.compiler.is_compiling():
+        return _rms_norm_op(x, norm.weight, norm.eps, norm.offset)
     n = norm.weight.shape[0]
     _check(x, n)
     rows = x.reshape(-1, n)
@@ -77,6 +79,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises:
         ConfigurationError: a tensor is not as above, or there is no native core.
     """
+    if torch.compiler.is_compiling():
+        return _rotary_op(x, cos, sin)
     if x.dim() != 3 or (x.stride(2) != 1 and x.shape[2] > 1):
         raise ConfigurationError(f"rotary takes [total, heads, width], not {tuple(x.shape)}")
     total, heads, width = x.shape
@@ -122,6 +126,8 @@ def unary(name: str, x: Tensor) -> Tensor:
     Raises:
         ConfigurationError: an unknown name, a tensor that is not as above, or no native core.
     """
+    if torch.compiler.is_compiling():
+        return _unary_op(name, x)
     if name not in UNARY:
         raise ConfigurationError(f"unary function {name!r} is none of {UNARY}")
     if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
@@ -136,3 +142,33 @@ def unary(name: str, x: Tensor) -> Tensor:
     if call.count:
         native.library().retort_unary(call)
     return out
+
+
+@torch.library.custom_op("retort::rms_norm", mutates_args=())
+def _rms_norm_op(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    return rms_norm(x, Norm(weight, eps, offset))
+
+
+@torch.library.custom_op("retort::rotary", mutates_args=())
+def _rotary_op(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotary(x, cos, sin)
+
+
+@torch.library.custom_op("retort::unary", mutates_args=())
+def _unary_op(name: str, x: Tensor) -> Tensor:
+    return unary(name, x)
+
+
+@_rms_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_rotary_op.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_unary_op.register_fake
+def _(name: str, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
