@@ -200,6 +200,8 @@ struct RetortConvCall {
   const float* weight;   // [channels, kernel]
   const float* bias;     // [channels], or null
   float* out;            // [total, channels]
+  int32_t threads;
+};
 
 // All decoder layers of a model, of equal sizes, and the RMSNorm after them.
 struct RetortStack {
@@ -235,7 +237,6 @@ struct RetortKernels {
   void (*fold)(const RetortFoldCall*);
   void (*scan)(const RetortScanCall*);
   void (*convolution)(const RetortConvCall*);
-
   void (*stack)(const RetortStackCall*);
 };
 }
