@@ -49,13 +49,11 @@ class PaddedModel(PackedModel):
     ) -> None:
         self._pad_input, self._pad_cache = pad_input, pad_cache
         self.padding_tokens = 0
-        super().__init__(model, **options)
-        if not isinstance(self.cache, AttentionRowCache):
+        if hasattr(model, "new_row_cache"):
             raise ConfigurationError("the padded baseline exists for attention models only")
+        super().__init__(model, **options)
 
     def _new_cache(self, tape: str, max_draft: int) -> RowCache:
-        if hasattr(self.model, "new_row_cache"):
-            return super()._new_cache(tape, max_draft)
         if self._pad_cache:
             return RectangularCache(self._pad_input)
         return UnpaddingCache() if self._pad_input else super()._new_cache(tape, max_draft)
