@@ -1,9 +1,10 @@
 """Decoding speed and memory against context length, beside a transformer of equal size.
 
-OMP_NUM_THREADS=2 python -m experiments.dense_ssm.decode --output results/context.json
+OMP_NUM_THREADS=1 python -m experiments.dense_ssm.decode --output results/context.json
 
 The models are the experiment's, with random weights (nothing here depends on their values). One
-row a model; models take turns at each length, times are medians over rounds.
+row a model; models take turns at each length. Times are CPU seconds of one thread, medians over
+rounds, so that other load on the machine counts little.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ from experiments.dense_ssm.cells import VOCABULARY, model_config, parameters
 from retort.decode.packed import PackedModel
 from retort.provenance import Provenance, write_json
 
-LENGTHS, CHUNK, STEPS, ROUNDS = (1024, 2048, 4096, 8192, 16384), 512, 16, 5
+LENGTHS, CHUNK, STEPS, ROUNDS = (1024, 2048, 4096, 8192, 16384), 512, 16, 3
 SHOWN = (("retnet", "m0"), ("retnet", "m2"), ("mamba", "m0"), ("mamba", "m2"))
 
 
 def measure(lengths: tuple[int, ...] = LENGTHS, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """A record for each model and length: tokens a second, bytes of the row, parameters."""
+    """A record for each model and length: tokens a CPU second, bytes of the row, weights."""
     torch.manual_seed(0)
     models = build()
     packed = {name: PackedModel(model) for name, model in models.items()}
@@ -44,7 +45,7 @@ def measure(lengths: tuple[int, ...] = LENGTHS, rounds: int = ROUNDS) -> list[di
             rate = 1 / median(times[name])
             held = row_bytes(p.cache, rows[name])
             records.append(
-                {"model": name, "context": length, "tokens_per_second": rate, "bytes": held}
+                {"model": name, "context": length, "tokens_per_cpu_second": rate, "bytes": held}
                 | {"parameters": count}
             )
     for p in packed.values():
@@ -94,12 +95,12 @@ def read(packed: PackedModel, row: int, length: int) -> None:
 
 @torch.no_grad()
 def decode(packed: PackedModel, row: int) -> float:
-    """Seconds a token of `STEPS` steps, after one that does not count."""
+    """CPU seconds a token of `STEPS` steps, after one that does not count."""
     packed.forward([(row, [1])], [1])
-    started = perf_counter()
+    started = process_time()
     for _ in range(STEPS):
         packed.forward([(row, [1])], [1])
-    return (perf_counter() - started) / STEPS
+    return (process_time() - started) / STEPS
 
 
 def row_bytes(cache: Any, row: int) -> int:
@@ -120,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     found = Provenance.collect({"threads": torch.get_num_threads()}, {"torch": 0}).to_dict()
     kept = {k: found[k] for k in ("arguments", "versions", "commit", "platform", "time")}
     write_json(given.output, {"records": measure(), "provenance": kept})
