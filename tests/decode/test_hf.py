@@ -7,7 +7,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from retort.decode.engine import Engine
 from retort.decode.hf import speculative
-from retort.errors import ConfigurationError
+from retort.errors import ConfigurationError, RetortError
 from tests.decode.toys import prompts, reference, toy
 
 NEW = 16
@@ -212,3 +212,19 @@ def test_a_faulty_criterion_ends_its_row_alone(model):
         bad = engine.generate([[5, 6]], stopping_criteria=[faulty], **options)
     assert fine[0].finish_reason == "length"
     assert (bad[0].finish_reason, bad[0].error) == ("error", "ValueError: boom")
+
+
+def test_a_processor_that_fails_is_an_error_and_no_short_text(model):
+    class Faulty(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] > 12:
+                raise KeyError("lexicon")
+            return scores
+
+    with pytest.raises(RetortError, match=r"row 1 .*lexicon"):
+        model.generate(
+            **_padded(prompts()),
+            max_new_tokens=NEW,
+            custom_generate=speculative(),
+            logits_processor=LogitsProcessorList([Faulty()]),
+        )

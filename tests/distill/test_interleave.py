@@ -8,6 +8,7 @@ from retort.decode.sampling import RESAMPLE, draw
 from retort.distill.builders import dense_retnet_student
 from retort.distill.sequences.interleave import Interleaver
 from retort.distill.sequences.writers import StudentWriter, WritingSettings
+from retort.errors import RetortError
 from tests.distill.test_presets import interleaved
 from tests.distill.toys import llama
 
@@ -90,3 +91,19 @@ def test_a_wider_students_vocabulary_is_cut():
     student, teacher = models(vocab_size=264)
     tokens = [t for text in write(student, teacher, 25).texts for t in text.tokens]
     assert max(tokens) < 258
+
+
+@pytest.mark.parametrize("top_k", [0, 25])
+def test_a_row_that_fails_ends_the_step_and_trains_nothing(monkeypatch, top_k):
+    from retort.decode import verify
+
+    whole = verify._verify_row
+
+    def failing(request, *rest):
+        if request.index == 1 and len(request.output) == 2:
+            raise ValueError("not a number")
+        return whole(request, *rest)
+
+    monkeypatch.setattr(verify, "_verify_row", failing)
+    with pytest.raises(RetortError, match=r"row 1 .*not a number"):
+        write(*models(), top_k)

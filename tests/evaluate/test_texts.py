@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from retort.errors import RetortError
 from retort.evaluate.texts import generate_texts
 
 
@@ -17,6 +18,7 @@ class FakeEngine:
             SimpleNamespace(
                 text=prompt.upper(),
                 token_ids=ids,
+                finish_reason="stop",
                 stats=SimpleNamespace(steps=s, draft_tokens=d, accepted_tokens=a),
             )
             for prompt, (s, d, a, ids) in zip(prompts, rows, strict=True)
@@ -38,3 +40,9 @@ def test_no_step_means_not_measured():
     engine = SimpleNamespace(generate=lambda prompts: [])
     found = generate_texts(engine, [])
     assert found.tokens_per_step is None and found.mean_draft_length is None
+
+
+def test_a_text_that_failed_is_not_judged():
+    failed = SimpleNamespace(index=3, finish_reason="error", error="no memory")
+    with pytest.raises(RetortError, match=r"row 3.*no memory"):
+        generate_texts(SimpleNamespace(generate=lambda prompts: [failed]), ["a"])

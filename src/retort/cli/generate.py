@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,14 +154,16 @@ def _collect(texts: list[str], file: Path | None, chat: bool) -> list[Prompt]:
     return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
 
 
-def _show(prompts: Sequence[Prompt], outputs: Iterable[RequestOutput], as_json: bool) -> None:
+def _show(prompts: Sequence[Prompt], outputs: Sequence[RequestOutput], as_json: bool) -> None:
     from retort.batch.rows import output_row
+    from retort.decode.outputs import require_whole
 
     for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         if as_json:
             print_json(output_row(index, prompt, output))
         else:
             print(output.text if len(prompts) == 1 else f"[{index}] {output.text}")
+    require_whole(outputs)  # the others are shown all the same
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from retort.decode.engine import Engine
 from retort.decode.hf_rows import Processors, RowProcessors, split_criteria
+from retort.decode.outputs import require_whole
 from retort.decode.request import Request, RequestOutput, SamplingParams
 from retort.errors import ConfigurationError
 
@@ -57,6 +58,9 @@ def speculative(
         padded on the right, or a ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate``,
         whose scores and logits are zero after a row's end. The engine's counters of the last call
         are its attribute ``stats``.
+
+    Raises:
+        RetortError: a row failed, such as in a processor of the caller's; the row is named.
     """
 
     def generate(
@@ -117,7 +121,7 @@ def _run(engine: Engine, streamers: Sequence[Any]) -> list[RequestOutput]:
     for streamer, request in zip(streamers, requests, strict=False):
         streamer.put(torch.tensor([request.prompt]))
     while engine.has_unfinished():
-        outputs += engine.step()
+        outputs += require_whole(engine.step())
         _show(streamers, requests, shown)
     for streamer in streamers:
         streamer.end()

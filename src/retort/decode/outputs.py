@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from retort.decode.request import Chunk, Request, RequestOutput
+from retort.errors import RetortError
 
 
 def output(request: Request, text: str) -> RequestOutput:
@@ -23,6 +25,18 @@ def output(request: Request, text: str) -> RequestOutput:
         prompt_logprobs=None if params.prompt_logprobs is None else list(request.prompt_logprobs),
         sample=request.sample,
     )
+
+
+def require_whole(outputs: Sequence[RequestOutput]) -> Sequence[RequestOutput]:
+    """``outputs``, where none of them failed: for callers that do not tell of each.
+
+    Raises:
+        RetortError: a row ended in an error; its number and the error are named.
+    """
+    for found in outputs:
+        if found.finish_reason == "error":
+            raise RetortError(f"row {found.index} (from 0) failed: {found.error}")
+    return outputs
 
 
 def chunk(request: Request, index: int, sent: dict[str, int]) -> Chunk | None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retort.decode.outputs import require_whole
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -44,9 +46,12 @@ class Generation:
 
 
 def generate_texts(engine: Any, prompts: Sequence[Any], **sampling: Any) -> Generation:
-    """Run ``engine.generate(prompts, **sampling)`` (a `retort.Engine`) and gather its results."""
+    """Run ``engine.generate(prompts, **sampling)`` (a `retort.Engine`) and gather its results.
+
+    Raises RetortError where a row failed: half a text must not be judged.
+    """
     start = time.perf_counter()
-    outputs = engine.generate(list(prompts), **sampling)
+    outputs = require_whole(engine.generate(list(prompts), **sampling))
     seconds = time.perf_counter() - start
     return Generation(
         texts=tuple(out.text for out in outputs),

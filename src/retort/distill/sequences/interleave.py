@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from retort.decode.engine import Engine
+from retort.decode.outputs import require_whole
 from retort.decode.packed import PackedModel
 from retort.decode.sampling import RESAMPLE, draw
 from retort.distill.sequences.scrg import Text
@@ -88,7 +89,7 @@ class Interleaver:
             room = min(self.block, text.limit - len(text.tokens))
             self.engine.rewind(text.request_id, kept, text.tokens[-1:], max_new_tokens=room)
         while waiting:
-            for output in self.engine.step():
+            for output in require_whole(self.engine.step()):
                 waiting.pop(output.request_id).tokens = list(output.token_ids)
 
     def _judge(self, work: Sequence[_Work]) -> None:

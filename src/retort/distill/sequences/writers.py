@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retort.decode.engine import Engine
+from retort.decode.outputs import require_whole
 from retort.decode.packed import PackedModel
 from retort.decode.request import SamplingParams
 from retort.distill.sequences.interleave import BLOCK, Interleaver
@@ -129,7 +130,7 @@ class StudentWriter:
             rid = engine.add_request(prompt, params, hold=True)
             texts[rid] = Text(rid, list(prompt), [], limit)
         while engine.has_unfinished():
-            for output in engine.step():
+            for output in require_whole(engine.step()):
                 texts[output.request_id].tokens = list(output.token_ids)
         return list(texts.values())
 
