@@ -140,6 +140,16 @@ def test_other_options_or_other_files_are_not_touched(run, tmp_path):
     assert code == 2 and "was not written by" in said and diary.read_text() == "dear diary\n"
 
 
+def test_answers_to_other_prompts_are_not_taken_for_these(run, tmp_path):
+    rows, out = prompts(3), tmp_path / "out.jsonl"
+    run(rows)
+    before = out.read_bytes()
+    for flags in ([], ["--on-error", "skip"]):
+        code, _, said = run([rows[0], {"prompt": "another"}, rows[2]], *flags)
+        assert code == 2 and "line 2" in said and "to another prompt" in said.splitlines()[-1]
+        assert out.read_bytes() == before
+
+
 def test_two_runs_never_share_an_output(tmp_path):
     first = OutputFile(tmp_path / "out.jsonl", {}, {})
     with pytest.raises(ConfigurationError, match="by another run"):

@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
-from retort.batch.rows import key
+from retort.batch.rows import asked, key
 from retort.errors import ConfigurationError
 from retort.provenance import Provenance, write_json
 
@@ -21,7 +22,7 @@ _SYNC_SECONDS = 5.0
 class Sink(Protocol):
     """Takes output rows."""
 
-    done: frozenset[str]
+    done: Mapping[str, str]
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Take one row."""
@@ -35,7 +36,7 @@ class Sink(Protocol):
 class StandardOutput:
     """Rows on standard output; nothing can be taken up again there."""
 
-    done: frozenset[str] = frozenset()
+    done: Mapping[str, str] = MappingProxyType({})
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Print one row and let it go."""
@@ -79,7 +80,7 @@ class OutputFile:
             size = self._file.seek(0, os.SEEK_END)
             if size:
                 self._check(options)
-            self.done = self._read() if size else frozenset()
+            self.done: Mapping[str, str] = self._read() if size else {}
             record = Provenance.collect({**arguments, "resumes_with": dict(options)})
             write_json(self._record, record.to_dict())
         except BaseException:
@@ -131,17 +132,20 @@ class OutputFile:
                 f"{now.get(name)!r}: name another --output, or begin anew with --overwrite"
             )
 
-    def _read(self) -> frozenset[str]:
-        """Ids of the rows that are there; a last line without its end is cut off."""
+    def _read(self) -> dict[str, str]:
+        """Ids of the rows that are there, with hashes of their prompts.
+
+        A last line without its end is cut off.
+        """
         self._file.seek(0)
-        ids, whole = set(), 0
+        found, whole = dict[str, str](), 0
         for number, line in enumerate(self._file, 1):
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
-            ids.add(_id(self.path, number, line))
+            found |= _known(self.path, number, line)
         self._file.truncate(whole)
-        return frozenset(ids)
+        return found
 
 
 def _open(path: Path) -> BinaryIO:
@@ -160,10 +164,13 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
-def _id(path: Path, number: int, line: bytes) -> str:
+def _known(path: Path, number: int, line: bytes) -> dict[str, str]:
+    """A row's id, with the hash of its prompt where it has one."""
     try:
         row = json.loads(line)
-        return key(row["custom_id"] if "custom_id" in row else row["id"])
+        if "custom_id" in row:
+            return {key(row["custom_id"]): ""}
+        return {key(row["id"]): asked(row["prompt"])}
     except (ValueError, KeyError, TypeError):
         raise ConfigurationError(
             f"{path} line {number} is not an output row: name another --output, or begin anew "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any, Protocol
 
 from retort.decode.request import RequestOutput, SamplingParams
@@ -36,6 +37,7 @@ class Item:
         parts: what the engine is asked for; none where the answer is known already.
         answer: makes the output row.
         errors_are_rows: a failure is told in the output row, as OpenAI's format does.
+        asked: hash of the prompt, which the answer repeats; empty where it does not.
     """
 
     number: int
@@ -43,6 +45,7 @@ class Item:
     parts: Sequence[Part]
     answer: Callable[[list[RequestOutput]], Answer]
     errors_are_rows: bool = False
+    asked: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Reader:
         text: lines are prompts as they stand; otherwise lines that are JSON objects are rows.
         strict: every line must be a JSON object.
         openai: takes rows in OpenAI's batch format; None where its package is missing.
-        done: ids that are answered already; they are passed over.
+        done: ids that are answered already, which are passed over, with `asked` of each.
     """
 
     params: SamplingParams
@@ -79,10 +82,14 @@ class Reader:
     text: bool = False
     strict: bool = True
     openai: BatchRequests | None = None
-    done: frozenset[str] = frozenset()
+    done: Mapping[str, str] = field(default_factory=dict)
 
     def items(self, lines: Iterable[bytes]) -> Iterator[Item | BadLine]:
-        """Items in the order of their lines; blank lines are passed over."""
+        """Items in the order of their lines; blank lines are passed over.
+
+        Raises:
+            ConfigurationError: an id was answered already, for another prompt.
+        """
         seen: dict[str, int] = {}
         index = -1
         for number, line in enumerate(lines, 1):
@@ -98,6 +105,11 @@ class Reader:
                 seen[item.id] = number
                 if item.id not in self.done:
                     yield item
+                elif self.done[item.id] != item.asked:
+                    raise ConfigurationError(
+                        f"line {number}: the output has an answer with the id {item.id} to another "
+                        "prompt: name another --output, or begin anew with --overwrite"
+                    )
 
     def _item(self, number: int, index: int, line: bytes) -> Item | BadLine:
         try:
@@ -133,12 +145,18 @@ class Reader:
         def answer(outputs: list[RequestOutput]) -> Answer:
             return {"id": given, **output_row(index, prompt, outputs[0])}
 
-        return Item(number, key(given), [Part(prompt, self.params)], answer)
+        parts = [Part(prompt, self.params)]
+        return Item(number, key(given), parts, answer, asked=asked(prompt))
 
 
 def key(given: str | int) -> str:
     """An id as text; the number 1 and the text "1" are different ids."""
     return json.dumps(given)
+
+
+def asked(prompt: Prompt) -> str:
+    """Hash of a prompt, to tell whether an answer is to it."""
+    return blake2b(json.dumps(prompt).encode(), digest_size=16).hexdigest()
 
 
 def output_row(index: int, prompt: Prompt, output: RequestOutput) -> Answer:
