@@ -315,3 +315,25 @@ def test_a_configuration_that_contradicts_a_capture_is_refused(tmp_path):
     for method, message in ("sft", "contradicts"), ("mgsr", "others written"):
         with pytest.raises(ConfigurationError, match=message):
             DistillConfig(output_dir=str(tmp_path), use_cpu=True, method=method, teacher_signal="x")
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    folder = tmp_path / "c"
+    script = (
+        "import sys, time; from pathlib import Path; from retort.train.checkpoint import alone\n"
+        f"with alone(Path({str(folder)!r})):\n print('held', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigurationError, match="another run is writing"):
+            capture(llama(), tokenizer(), rows(), folder, SMALL)
+        other.kill()
+    capture(llama(), tokenizer(), rows(), folder, SMALL)
+    assert Capture(folder).facts["rows"] == 9
+
+
+def test_nothing_is_left_in_a_folder_of_something_else(tmp_path):
+    (tmp_path / "diary.txt").write_text("dear diary")
+    with pytest.raises(ConfigurationError, match="holds no capture"):
+        capture(llama(), tokenizer(), rows(), tmp_path, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]

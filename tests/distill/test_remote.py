@@ -112,6 +112,23 @@ def test_a_file_of_other_prompts_or_another_teacher_is_refused(server, tmp_path)
         write_texts(teacher(server), PROMPTS, tmp_path / "notes")
 
 
+def test_a_text_with_a_line_separator_goes_on(server, tmp_path):
+    prompts = ["a\u2028b", "c\u0085d"]
+    path = write_texts(teacher(server), prompts[:1], tmp_path / "t.jsonl")
+    write_texts(teacher(server), prompts, path)
+    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+    assert [r["completion"] for r in rows] == ["b\u2028a", "d\u0085c"]
+
+
+@pytest.mark.parametrize("content", [b"my notes", b"\xff\nhalf", b'{"a": 1}\nhalf'])
+def test_a_file_of_something_else_is_not_cut(server, tmp_path, content):
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError):
+        write_texts(teacher(server), PROMPTS, path)
+    assert path.read_bytes() == content
+
+
 def test_an_empty_answer_gives_no_row_and_other_addresses_are_refused(server, tmp_path):
     path = write_texts(teacher(server), ["a", " ", "b"], tmp_path / "t.jsonl")
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 2]

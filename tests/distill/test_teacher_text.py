@@ -65,6 +65,15 @@ def test_a_file_that_does_not_fit_is_named(tmp_path, made_by, line, named):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"notes", b'{"a": 1}\nhalf', b"\xff\nx", b"[1]\n"])
+def test_a_file_of_something_else_is_not_touched(tmp_path, content):
+    path = tmp_path / "notes.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="was made with teacher=None"):
+        TeacherTexts(Counting(), path, MADE_BY)
+    assert path.read_bytes() == content
+
+
 def test_another_run_reads_them(tmp_path, monkeypatch):
     file = tmp_path / "texts.jsonl"
     shared = {"method": "seqkd", "teacher_text_file": str(file)}

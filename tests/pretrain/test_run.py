@@ -278,3 +278,16 @@ def test_decay_spares_vectors_and_mambas_a(texts, tmp_path):
     assert any(n.endswith("in_proj.weight") for n in decayed)
     for name, parameter in trainer.model.named_parameters():
         assert (name in kept) == (parameter.ndim < 2 or name.endswith("A_log")), name
+
+
+def test_another_runs_unfinished_checkpoint_is_not_cleaned_away(texts, tmp_path):
+    code = "import sys, time; from pathlib import Path; from retort.train.checkpoint import alone"
+    hold = "with alone(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", f"{code}\n{hold}", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        (tmp_path / ".checkpoint.partial").mkdir()
+        with pytest.raises(ConfigurationError, match="another run is writing to"):
+            run(config(tmp_path, texts))
+        assert (tmp_path / ".checkpoint.partial").is_dir()
+        other.kill()

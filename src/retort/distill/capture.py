@@ -29,6 +29,7 @@ from retort.distill.teachers import Teacher
 from retort.errors import ConfigurationError, RetortError
 from retort.manifest import first_fault, read_manifest, sha256, write_manifest
 from retort.provenance import Provenance, versions, write_json
+from retort.train.checkpoint import LOCK, alone
 
 FORMAT = 1
 PROGRESS = "capture.partial.json"
@@ -84,7 +85,7 @@ def capture(
         progress: called with the number of finished rows and of all rows.
 
     Raises:
-        ConfigurationError: no rows, or ``folder`` holds something else.
+        ConfigurationError: no rows, or ``folder`` holds something else or another run writes to it.
         RetortError: a prediction is not finite; what was captured before stays.
     """
     folder, settings = Path(folder), settings or CaptureSettings()
@@ -93,7 +94,23 @@ def capture(
     facts = _facts(model, tokenizer, rows, settings, name)
     if _is_finished(folder, facts):
         return folder
-    done, teacher, finished = _begin(folder, facts), Teacher(model), 0
+    _require_ours(folder)
+    with alone(folder):
+        return _capture(Teacher(model), rows, folder, settings, facts, progress)
+
+
+def _capture(
+    teacher: Teacher,
+    rows: Rows,
+    folder: Path,
+    settings: CaptureSettings,
+    facts: dict[str, Any],
+    progress: Callable[[int, int], None] | None,
+) -> Path:
+    """Write what is missing, in a folder that no other run writes to."""
+    if _is_finished(folder, facts):  # by a run that held it until now
+        return folder
+    done, finished = _begin(folder, facts), 0
     for number, part in enumerate(_shards(rows, settings.shard_tokens)):
         shard = f"shard-{number:05d}.safetensors"
         if not _is_whole(folder / shard, done.get(shard)):
@@ -260,11 +277,16 @@ def _begin(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
             raise ConfigurationError(f"{path} is not JSON: delete {folder}") from error
         _require_same(folder, before, facts)
         return dict(before["shards"])
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigurationError(f"{folder} is not empty and holds no capture: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {**facts, "shards": {}})
     return {}
+
+
+def _require_ours(folder: Path) -> None:
+    """Refuse a folder of something else, before anything is put there."""
+    if not folder.is_dir() or (folder / PROGRESS).is_file():
+        return
+    if any(path.name != LOCK for path in folder.iterdir()):
+        raise ConfigurationError(f"{folder} is not empty and holds no capture: name another folder")
 
 
 def _require_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -297,6 +319,6 @@ def _finish(folder: Path, facts: dict[str, Any]) -> Path:
         left.unlink()
     provenance = Provenance.collect({k: v for k, v in facts.items() if k != "versions"})
     write_json(folder / PROVENANCE, provenance.to_dict())
-    write_manifest(folder, facts, skip=(PROGRESS, PROVENANCE))
+    write_manifest(folder, facts, skip=(PROGRESS, PROVENANCE, LOCK))
     (folder / PROGRESS).unlink()
     return folder

@@ -130,6 +130,9 @@ def _asked_pause(header: str | None, otherwise: float) -> float:
     return min(float(header or 0), _LONGEST_WAIT) if known else otherwise
 
 
+_FIRST = b'{"index": '
+
+
 def _row(index: int, prompt: Any, text: str) -> dict[str, Any]:
     completion: Any = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
     return {"index": index, "prompt": prompt, "completion": completion}
@@ -145,11 +148,9 @@ def _written(path: Path, prompts: Sequence[Any], made_by: str) -> int:
     if not path.is_file():
         return 0
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
+    *lines, rest = content.split(b"\n")
     after = 0
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             index, same = row["index"], row["made_by"] == made_by
@@ -160,4 +161,7 @@ def _written(path: Path, prompts: Sequence[Any], made_by: str) -> int:
                 f"{path}, row {number}: of another prompt, model or limit; name another file"
             )
         after = index + 1
+    if rest and not lines and not rest.startswith(_FIRST[: len(rest)]):
+        raise ConfigurationError(f"{path} is not a file of a teacher's texts: name another file")
+    os.truncate(path, len(content) - len(rest))  # not before all of it is known to be ours
     return after

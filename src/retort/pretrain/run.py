@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,17 @@ def train(trainer: PretrainTrainer, quiet: bool = False) -> Path:
     """Train to the end from the newest checkpoint, if there is one, save, and evaluate."""
     config = trainer.config
     folder = Path(config.output_dir or "")
-    start = config.resume_from_checkpoint or checkpoint.newest(folder)
     if quiet:
         trainer.remove_callback(PrinterCallback)
-    if trainer.args.should_save:
-        checkpoint.clean(folder)
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
-    trainer.save_model()
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-    trainer.save_state()
+    with checkpoint.alone(folder) if trainer.args.should_save else nullcontext():
+        start = config.resume_from_checkpoint or checkpoint.newest(folder)
+        if trainer.args.should_save:
+            checkpoint.clean(folder)  # under the lock: it may be another run's that is being filled
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        trainer.save_model()
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        trainer.save_state()
     return folder
 
 

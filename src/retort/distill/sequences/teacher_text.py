@@ -64,14 +64,11 @@ class TeacherTexts:
 
     def _read(self, path: Path) -> None:
         content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # a killed process may leave half a line
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
-        lines = whole.decode("utf-8").splitlines()
-        if not lines:
+        *lines, rest = content.split(b"\n")  # a killed process may leave half a line
+        if not lines and json.dumps(self._made_by).encode().startswith(rest):
             path.unlink()
             return
-        self._check(json.loads(lines[0]))
+        self._check(_first(lines))
         for number, line in enumerate(lines[1:], start=2):
             try:
                 row = json.loads(line)
@@ -80,6 +77,7 @@ class TeacherTexts:
                 raise ConfigurationError(
                     f"{path}, line {number} is no teacher text: delete the file to write it again"
                 ) from None
+        os.truncate(path, len(content) - len(rest))  # not before all of it is known to be ours
 
     def _check(self, found: Mapping[str, Any]) -> None:
         for name, value in self._made_by.items():
@@ -88,3 +86,12 @@ class TeacherTexts:
                     f"{self._path} was made with {name}={found.get(name)!r}, this run has "
                     f"{value!r}: choose another teacher_text_file, or the same arguments"
                 )
+
+
+def _first(lines: Sequence[bytes]) -> dict[str, Any]:
+    """The first line's object; nothing of ours where it is none."""
+    try:
+        found = json.loads(lines[0])
+    except (ValueError, IndexError):
+        return {}
+    return found if isinstance(found, dict) else {}
