@@ -45,12 +45,31 @@ def test_every_arm_decodes_the_same_tokens(folder, prompts, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(["--arms", "plan"], "--arms plan"), (["--category", "lung"], "no prompts of category")],
+    [
+        (["--arms", "plan"], "--arms plan"),
+        (["--category", "lung"], "no prompts of category"),
+        (["--prompt-tokens", "2"], "leaves no room"),
+        (["--openvino", "python"], "go together"),
+    ],
 )
 def test_what_is_not_there_is_named(folder, prompts, tmp_path, capsys, flags, said):
     assert bench(folder, prompts, tmp_path / "r.json", *flags) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize("line", ["x", "{}", '{"prompt": 3}'])
+def test_a_line_without_a_prompt_is_one_line_of_error(folder, tmp_path, capsys, line):
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    assert bench(folder, tmp_path / "p.jsonl", tmp_path / "r.json") == 2
+    assert "p.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--batch-sizes", "--repeats", "--max-new-tokens", "--threads"])
+def test_numbers_are_positive(folder, prompts, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        bench(folder, prompts, tmp_path / "r.json", flag, "0")
+    assert ended.value.code == 2 and flag in capsys.readouterr().err
 
 
 def test_the_hopeless_drafter_is_wrong_and_within_its_limit():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from retort.bench.load import read_prompts as read_load
 from retort.cli.prompts import read_prompts
 from retort.errors import ConfigurationError
 
@@ -22,6 +23,13 @@ def test_json_lines_of_each_kind(tmp_path):
     assert read_prompts(file) == ["one", messages, "three", messages]
 
 
+@pytest.mark.parametrize("read", [read_prompts, read_load])
+def test_a_row_may_hold_a_line_separator(tmp_path, read):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a\u2028b\u0085c"}\n', encoding="utf-8")
+    assert read(file) == ["a\u2028b\u0085c"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -32,10 +40,10 @@ def test_json_lines_of_each_kind(tmp_path):
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt"', "line 2 is not JSON"),
         ("a.jsonl", b'{"prompt": "x"}\n\n{"question": "x"}', "line 3 has none of prompt"),
         ("a.jsonl", b'["prompt"]', "line 1 has none of prompt"),
-        ("a.jsonl", b'{"prompt": ""}', "line 1: a prompt is non-empty"),
-        ("a.jsonl", b'{"prompt": 3}', "line 1: a prompt is non-empty"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: a prompt is non-empty"),
-        ("a.jsonl", b'{"messages": []}', "line 1: a prompt is non-empty"),
+        ("a.jsonl", b'{"prompt": ""}', "line 1 has a wrong prompt"),
+        ("a.jsonl", b'{"prompt": 3}', "line 1 has a wrong prompt"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1 has a wrong prompt"),
+        ("a.jsonl", b'{"messages": []}', "line 1 has a wrong prompt"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):

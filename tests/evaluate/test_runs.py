@@ -91,12 +91,27 @@ def test_verdicts_are_better_worse_or_not_separable():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "empty"), ("{}\n", "row 1"), ('{"prompt": "a"}\n[]\n', "row 2"), ("x\n", "row 1")],
+    [
+        ("", "empty"),
+        ("{}\n", "row 1"),
+        ('{"prompt": "a"}\n[]\n', "row 2"),
+        ("x\n", "row 1"),
+        ('{"prompt": ["a"]}\n', "row 1: 'prompt' must be text"),
+        ('{"prompt": "a"}\n{"text": 3}\n', "row 2: 'text' must be text"),
+        ('{"prompt": "a", "reference": [1]}\n', "row 1: 'reference'"),
+    ],
 )
 def test_data_that_cannot_be_judged_is_refused(place, tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(ConfigurationError, match=message):
         evaluate_runs([str(place / "first")], [tmp_path / "bad.jsonl"], tmp_path, SETTINGS)
+
+
+def test_a_row_may_hold_a_line_separator(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a\u2028b\u0085c"}\n\n{"text": "d"}\n', "utf-8")
+    rows = [{"prompt": "a\u2028b\u0085c"}, {"text": "d"}]
+    assert evaluating.read_rows(file, None) == rows and evaluating.read_rows(file, 1) == rows[:1]
 
 
 def test_runs_and_sets_have_names_of_their_own(place, tmp_path):

@@ -9,7 +9,6 @@ openvino-genai, ``--openvino-model`` the exported model (see `retort.bench.peers
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from argparse import Namespace
@@ -25,6 +24,7 @@ from retort.errors import ConfigurationError
 from retort.evaluate.decoding import Arm, ArmResult, compare, engine_arm
 from retort.models import zoo
 from retort.provenance import Provenance, write_json, write_text
+from retort.train.rows import read_jsonl
 
 Prompts = list[list[int]]
 
@@ -38,6 +38,8 @@ def run(options: Namespace) -> None:
     Raises:
         ConfigurationError: an arm that does not exist, or a file without fitting prompts.
     """
+    if bool(options.openvino) != bool(options.openvino_model):
+        raise ConfigurationError("--openvino and --openvino-model go together")
     options.threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(options.threads)
     tokenizer = zoo.load_tokenizer(options.model)
@@ -83,8 +85,7 @@ def _rows(
 
 
 def _prompts(options: Namespace, tokenizer: Any, category: str | None) -> Prompts:
-    lines = options.prompts.read_text("utf-8").splitlines()
-    rows = [json.loads(text) for text in lines]
+    rows = read_jsonl(options.prompts)
     chosen = [r for r in rows if category in (None, r.get("category"))]
     if not chosen:
         known = sorted({str(r.get("category")) for r in rows})
@@ -92,12 +93,23 @@ def _prompts(options: Namespace, tokenizer: Any, category: str | None) -> Prompt
             f"{options.prompts} has no prompts of category {category!r}; it has {', '.join(known)}"
         )
     count = max(options.batch_sizes)
-    return [_chat(tokenizer, row["prompt"], options.prompt_tokens) for row in chosen[:count]]
+    return [_chat(tokenizer, _text(options, row), options.prompt_tokens) for row in chosen[:count]]
+
+
+def _text(options: Namespace, row: dict[str, Any]) -> str:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise ConfigurationError(f"{options.prompts}: a row has no `prompt` of text")
+    return prompt
 
 
 def _chat(tokenizer: Any, text: str, limit: int) -> list[int]:
     """Through the chat template; a text that is too long loses its end."""
     room = limit - len(_template(tokenizer, ""))
+    if room < 1:
+        raise ConfigurationError(
+            f"--prompt-tokens {limit} leaves no room: the chat template alone has {limit - room}"
+        )
     return _template(tokenizer, tokenizer.decode(tokenizer(text).input_ids[:room]))
 
 

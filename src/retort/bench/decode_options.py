@@ -16,13 +16,19 @@ def parser() -> argparse.ArgumentParser:
     add("--category", nargs="+", help="use the prompts of these categories, one after the other")
     add("--model", default="smollm2-135m-instruct", help="zoo name, hub id or folder")
     add("--arms", nargs="+", default=["plain", "auto"], metavar="ARM", help="see docs/speed.md")
-    add("--batch-sizes", nargs="+", type=int, default=[1, 4, 8, 16])
-    add("--prompt-tokens", type=int, default=400, help="longest prompt")
-    add("--max-new-tokens", type=int, default=128)
-    add("--repeats", type=int, default=5, help="interleaved rounds")
+    add("--batch-sizes", nargs="+", type=_positive, default=[1, 4, 8, 16])
+    add("--prompt-tokens", type=_positive, default=400, help="longest prompt")
+    add("--max-new-tokens", type=_positive, default=128)
+    add("--repeats", type=_positive, default=5, help="interleaved rounds")
     add("--keep-prefixes", action="store_true", help="read each prompt once: only decoding counts")
-    add("--threads", type=int, help="default: all that torch takes")
+    add("--threads", type=_positive, help="default: all that torch takes")
     add("--openvino", help="Python of an environment with openvino-genai")
     add("--openvino-model", help="the model, exported")
     add("--output", type=Path, default=Path("bench-decode.json"))
     return made
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)

@@ -138,7 +138,7 @@ def read_prompts(path: Path, count: int | None = None) -> list[str]:
         ConfigurationError: the file cannot be read, or a line has no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from None
     prompts = [_prompt(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]

@@ -19,7 +19,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         ConfigurationError: no such file, no prompts in it, or a bad row; the message names it.
     """
-    lines = list(enumerate(_read(path).splitlines(), start=1))
+    lines = list(enumerate(_read(path).split("\n"), start=1))  # JSON may hold U+2028
     rows = [(number, line) for number, line in lines if line.strip()]
     if not rows:
         raise ConfigurationError(f"{path} holds no prompts; give one a line")

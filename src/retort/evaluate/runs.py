@@ -17,6 +17,7 @@ from retort.errors import ConfigurationError
 from retort.evaluate.significance import paired_bootstrap
 from retort.manifest import sha256
 from retort.provenance import Provenance, write_json
+from retort.train.rows import read_jsonl
 
 LOWER_IS_BETTER = ("perplexity", "exposure_bias")
 
@@ -57,22 +58,27 @@ def read_rows(path: Path, limit: int | None) -> list[dict[str, Any]]:
     """Rows of a JSONL file. Raises ConfigurationError naming the row that cannot be judged."""
     if not path.is_file():
         raise ConfigurationError(f"--data: there is no file {path}")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise ConfigurationError(f"{path.name}, row {number}: not valid JSON") from error
-        if row is None:
-            continue
-        if not isinstance(row, dict) or not (row.get("prompt") or row.get("text")):
-            raise ConfigurationError(f"{path.name}, row {number}: needs 'prompt' or 'text'")
-        rows.append(row)
-        if len(rows) == limit:
-            break
+    rows = read_jsonl(path)[:limit]
     if not rows:
         raise ConfigurationError(f"{path.name} is empty: give at least one row")
+    for number, row in enumerate(rows, 1):
+        if (fault := _row_fault(row)) is not None:
+            raise ConfigurationError(f"{path.name}, row {number}: {fault}")
     return rows
+
+
+def _row_fault(row: dict[str, Any]) -> str | None:
+    """What keeps a row from being judged."""
+    if not (row.get("prompt") or row.get("text")):
+        return "needs 'prompt' or 'text'"
+    for name in "prompt", "text":
+        if row.get(name) and not isinstance(row[name], str):
+            return f"{name!r} must be text"
+    reference = row.get("reference") or row.get("completion")
+    listed = reference if isinstance(reference, list) else [reference or ""]
+    if not all(isinstance(text, str) for text in listed):
+        return "'reference' must be text, or a list of texts"
+    return None
 
 
 def run_seed(run: str) -> int | None:
