@@ -26,11 +26,27 @@ def command_line() -> Iterator[str]:
     """A heading, the help and the flags of each verb."""
     from retort.cli.app import command
 
-    for name, verb in command().commands.items():
-        yield from (f"### `retort {name}`", "", *verb.help.strip().splitlines(), "")
-        rows = [row for row in map(parameter, verb.params) if row]
-        if rows:
-            yield from ("| flag | default | meaning |", "|---|---|---|", *rows, "")
+    for name, one in command().commands.items():
+        yield from verb(f"retort {name}", one)
+        for inner, part in getattr(one, "commands", {}).items():
+            yield from verb(f"retort {name} {inner}", part)
+
+
+def verb(name: str, one: Any) -> Iterator[str]:
+    """Heading, help and flags of one verb."""
+    yield from (f"### `{name}`", "", *one.help.strip().splitlines(), "")
+    rows = list(bench_decode() if name == "retort bench decode" else map(parameter, one.params))
+    if any(rows):
+        yield from ("| flag | default | meaning |", "|---|---|---|", *filter(None, rows), "")
+
+
+def bench_decode() -> Iterator[str]:
+    """The flags of the verb that has a parser of its own."""
+    from retort.bench.decode_options import parser
+
+    for action in parser()._actions:
+        if action.dest not in SKIPPED:
+            yield row(f"`{action.option_strings[0]}`", action.default, action.help or "")
 
 
 def parameter(parameter: Any) -> str:

@@ -20,6 +20,14 @@ def test_record_holds_what_a_reader_needs():
     json.dumps(record)
 
 
+def test_the_command_is_recorded_without_secrets(monkeypatch):
+    given = ["/bin/retort", "bench", "serve", "--api-key", "s3cret", "--max-tokens", "8"]
+    monkeypatch.setattr("sys.argv", [*given, "--hub_token=s3cret", "--seed", "1"])
+    command = Provenance.collect().command
+    assert command[:5] == ["retort", "bench", "serve", "--api-key", "***"]
+    assert command[5:] == ["--max-tokens", "8", "--hub_token=***", "--seed", "1"]
+
+
 def test_missing_package_is_said():
     assert versions(("no-such-package",)) == {"no-such-package": "not installed"}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 from retort.errors import ConfigurationError
 
 _PACKAGES = ("retort-lm", "torch", "transformers", "accelerate", "datasets", "safetensors")
+_SECRET = re.compile(r"--[\w-]*(key|token|secret|password)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Provenance:
             ``+changes`` says that the tree differed from that commit.
         platform: operating system, processor, Python, number of cores.
         time: UTC start time, ISO 8601.
-        command: the command line.
+        command: the command line; keys, tokens and passwords are replaced by ``***``.
     """
 
     arguments: Mapping[str, Any]
@@ -55,12 +57,24 @@ class Provenance:
             commit=_commit(Path(__file__).resolve().parents[2]),
             platform=_platform(),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+            command=[Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])],
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values."""
         return asdict(self)
+
+
+def _without_secrets(arguments: Sequence[str]) -> list[str]:
+    """``--api-key KEY``, ``--hub_token=TOKEN`` and their like without their values."""
+    shown: list[str] = []
+    hide = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        secret = _SECRET.fullmatch(name) is not None
+        shown.append("***" if hide else f"{name}=***" if secret and equals else argument)
+        hide = secret and not equals and not hide
+    return shown
 
 
 def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
