@@ -105,3 +105,10 @@ def test_a_wrong_file_is_named(tmp_path, name, content, message):
 def test_too_little_text_is_refused():
     with pytest.raises(ConfigurationError, match="less than block_size=64"):
         pack(Corpus(["x"], "texts"), byte_level(), 64, whole=True)
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n')
+    with pytest.raises(ConfigurationError, match=r"row 2: character 1 is a lone surrogate"):
+        load_texts(str(path))
