@@ -29,7 +29,7 @@ def main() -> int:
             if os.waitpid(child, os.WNOHANG)[0]:
                 raise SystemExit(f"the run ended before it could be killed {kills} times")
             time.sleep(0.001)
-        time.sleep(draws.uniform(0, 0.12))
+        time.sleep(draws.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         sizes.append(output.stat().st_size)

@@ -6,7 +6,7 @@ import pytest
 
 from retort.decode.acceptance import Acceptance
 from retort.decode.budget import AutoBudget, Candidate, FixedBudget, build_budget
-from retort.decode.cost import StepCost
+from retort.decode.cost import PassCost, StepCost
 from retort.decode.draft import DraftContext
 from retort.decode.drafter import PromptLookupDrafter
 from retort.decode.request import Request, SamplingParams
@@ -51,7 +51,7 @@ def test_prompt_lookup_notices_that_a_row_was_rewound():
 def _budget(flat_until, slope, prior=0.5, **options):
     cost = StepCost({n: 1.0 + slope * max(0, n - flat_until) for n in (1, 4, 8, 16, 32, 64, 128)})
     return AutoBudget(
-        cost=cost,
+        cost=PassCost(cost),
         acceptance=Acceptance(levels={("d", 0): math.log(prior / (1 - prior))}),
         **options,
     )
@@ -152,6 +152,21 @@ def test_step_cost_interpolates_and_follows_drift():
         cost.record(4, 2.0)
     assert cost.seconds(4) == pytest.approx(2.0, rel=0.01)
     assert cost.seconds(8) > 3.4  # a neighbour follows, more slowly
+
+
+def test_plain_passes_are_timed_live_and_drafts_add_what_they_added():
+    profile = StepCost({1: 1.0, 4: 1.0, 16: 4.0, 32: 8.0})
+    cost = PassCost(profile)
+    assert cost.seconds(16) == 4.0 and cost.seconds(16, 16) == 8.0
+    for _ in range(60):
+        cost.record(16, 0, 10.0)  # long rows: a plain pass takes more than the profile says
+    assert cost.seconds(16) == pytest.approx(10.0) and cost.seconds(16, 16) == pytest.approx(14.0)
+    for _ in range(60):
+        cost.record(16, 16, 18.0)  # and so do drafts
+    assert cost.seconds(16, 16) == pytest.approx(18.0, rel=0.02)
+    assert cost.seconds(16) == pytest.approx(10.0)
+    assert cost.seconds(8) == pytest.approx(10.0 * 2.0 / 4.0)  # another number of rows: by profile
+    assert cost.seconds(1, 3) > cost.seconds(1)  # no draft is free
 
 
 def test_budgets_are_checked():

@@ -7,7 +7,7 @@ import pytest
 
 from retort.decode import profile
 from retort.decode.budget import AutoBudget, Candidate, CountBudget, build_budget
-from retort.decode.cost import StepCost
+from retort.decode.cost import PassCost, StepCost
 from retort.decode.engine import Engine
 from retort.decode.packed import PackedModel
 from tests.decode.toys import prompts, toy
@@ -66,7 +66,7 @@ def test_counts_give_the_same_drafts_whatever_the_clock_says():
     steps = []
     for _ in range(2):
         with Engine(toy(), drafter="prompt-lookup", draft_budget="counts") as engine:
-            engine.budget.time_step(3, 99.0 * len(steps))
+            engine.budget.time_step(3, 3, 99.0 * len(steps))
             engine.generate(prompts(), max_new_tokens=20)
             stats = engine.stats
             steps.append((stats.steps, stats.draft_tokens, stats.accepted_per_position))
@@ -75,7 +75,7 @@ def test_counts_give_the_same_drafts_whatever_the_clock_says():
 
 
 def test_acceptance_belongs_to_row_and_drafter_and_new_rows_start_from_the_drafters():
-    budget = AutoBudget(cost=StepCost({1: 1.0, 4: 1.0, 64: 9.0}))
+    budget = AutoBudget(cost=PassCost(StepCost({1: 1.0, 4: 1.0, 64: 9.0})))
     for _ in range(60):
         budget.observe("a", "good", 4, 4)
         budget.observe("a", "bad", 4, 0)

@@ -290,11 +290,13 @@ def test_several_evaluation_sets_are_named(tmp_path):
     assert {"eval_short_sft", "eval_long_sft"} <= set(run.evaluate())
 
 
-def test_phase_times_add_up_to_the_step(tmp_path):
+def test_phases_are_timed_and_take_no_longer_than_the_run(tmp_path):
     run = trainer(tmp_path)
     ended = run.train()
     spent = sum(v for r in logged(tmp_path) for k, v in r.items() if k.startswith("time/"))
-    assert 0.5 * ended.metrics["train_runtime"] < spent <= ended.metrics["train_runtime"]
+    assert 0 < spent <= ended.metrics["train_runtime"]
+    for record in (r for r in logged(tmp_path) if "loss" in r):
+        assert min(record[f"time/{phase}"] for phase in ("rollout", "teacher", "train")) > 0
 
 
 # Refusals

@@ -138,7 +138,7 @@ def test_s9_200_cancelled_requests_leave_nothing_behind(served):
 
 def test_s10_a_full_queue_says_when_to_come_back(folder):
     limits = Limits(max_num_seqs=1, max_num_queued_reqs=2)
-    with tiny.in_process(folder, limits=limits) as served:
+    with tiny.in_process(folder, limits=limits, delay=0.01) as served:
         held = [raw(served.port, LONG) for _ in range(3)]
         tiny.eventually(lambda: served.state["client"].rows == 3)
         refused = served.post("/v1/completions", **LONG)
@@ -156,7 +156,7 @@ def test_s10_a_full_queue_says_when_to_come_back(folder):
 
 def test_token_limits(folder):
     limits = Limits(max_num_seqs=2, max_queued_tokens=500)
-    with tiny.in_process(folder, limits=limits) as served:
+    with tiny.in_process(folder, limits=limits, delay=0.01) as served:
         held = raw(served.port, LONG)
         tiny.eventually(lambda: served.state["client"].rows == 1)
         assert served.post("/v1/completions", prompt="x", max_tokens=300).status_code == 429

@@ -45,7 +45,7 @@ def test_rows_make_room_when_the_cache_is_full(folder, engine, bodies):
     expected = [engine.generate(b["prompt"], max_new_tokens=40)[0].text for b in bodies]
     small = tiny.load_engine(folder, max_batch_size=4, max_cached_tokens=90)
     limits = Limits(max_num_seqs=4)
-    with tiny.in_process(folder, engine=small, limits=limits) as served:
+    with tiny.in_process(folder, engine=small, limits=limits, delay=0.01) as served:
         answers = together(served, bodies)
         assert [a.json()["choices"][0]["text"] for a in answers] == expected
         assert served.metric("num_preemptions") > 0

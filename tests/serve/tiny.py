@@ -135,17 +135,32 @@ def load_engine(folder: Path, **options) -> Engine:
     return Engine(load_model(folder), load_tokenizer(folder), **given)
 
 
+def slow_down(engine: Engine, seconds: float) -> Engine:
+    """Every pass takes so much longer, so that requests are seen at work on any machine."""
+    own = engine._pass
+
+    def slow() -> None:
+        time.sleep(seconds)
+        own()
+
+    engine._pass = slow
+    return engine
+
+
 @contextmanager
 def in_process(
     folder: Path,
     engine: Engine | None = None,
     limits: Limits | None = None,
     send_buffer: int | None = None,
+    delay: float = 0.0,
     **more,
 ):
     """A server whose engine runs in a thread of this process: quick to start, open to tampering."""
     limits = limits or Limits(max_num_seqs=8)
     engine = engine or load_engine(folder, max_batch_size=limits.max_num_seqs)
+    if delay:
+        slow_down(engine, delay)
     ours, theirs = socket.socketpair()
     worker = Worker(engine, Channel(theirs), Configure(NAME, max_num_seqs=limits.max_num_seqs))
     thread = threading.Thread(target=worker.run, daemon=True)

@@ -15,7 +15,7 @@ from operator import mul
 from typing import Protocol
 
 from retort.decode.acceptance import Acceptance
-from retort.decode.cost import StepCost
+from retort.decode.cost import PassCost, StepCost
 from retort.errors import ConfigurationError
 
 
@@ -51,8 +51,8 @@ class DraftBudget(Protocol):
         """A draft of ``row`` was verified."""
         ...
 
-    def time_step(self, tokens: int, seconds: float) -> None:
-        """A pass over ``tokens`` tokens took ``seconds``."""
+    def time_step(self, rows: int, tokens: int, seconds: float) -> None:
+        """A pass over ``tokens`` tokens of ``rows`` decoding rows took ``seconds``."""
         ...
 
     def time_draft(self, drafter: str, seconds: float) -> None:
@@ -77,7 +77,7 @@ class FixedBudget:
     def observe(self, row: str, drafter: str, drafted: int, accepted: int, match: int = 0) -> None:
         """Nothing to learn."""
 
-    def time_step(self, tokens: int, seconds: float) -> None:
+    def time_step(self, rows: int, tokens: int, seconds: float) -> None:
         """Nothing to learn."""
 
     def time_draft(self, drafter: str, seconds: float) -> None:
@@ -95,7 +95,7 @@ class AutoBudget:
         max_draft: longest draft of a row.
         margin: by how much the expected gain of drafting must exceed its cost.
         acceptance: the probability of each draft position, learnt by drafter and row.
-        cost: T(tokens) of a pass of the target.
+        cost: what a pass of the target takes, plain and with drafts.
         exploring: share of the time that drafting may lose against plain decoding in the long run.
         credit_steps: plain steps' worth of time that it may lose at once, e.g. in the beginning.
     """
@@ -103,7 +103,7 @@ class AutoBudget:
     max_draft: int = 10
     margin: float = 1.2
     acceptance: Acceptance = field(default_factory=Acceptance)
-    cost: StepCost = field(default_factory=lambda: StepCost())
+    cost: PassCost = field(default_factory=PassCost)
     exploring: float = 0.02
     credit_steps: float = 8.0
     draft_seconds: dict[str, float] = field(default_factory=dict)
@@ -134,9 +134,9 @@ class AutoBudget:
         if self._credit is not None:
             self._credit += accepted * self._worth
 
-    def time_step(self, tokens: int, seconds: float) -> None:
-        """Learn T(tokens)."""
-        self.cost.record(tokens, seconds)
+    def time_step(self, rows: int, tokens: int, seconds: float) -> None:
+        """Learn what a pass takes."""
+        self.cost.record(rows, tokens - rows, seconds)
 
     def time_draft(self, drafter: str, seconds: float) -> None:
         """Learn what one drafting pass costs."""
@@ -166,7 +166,7 @@ class AutoBudget:
             if candidates[i].passes:
                 depths[candidates[i].drafter] = max(depths.get(candidates[i].drafter, 0), depth)
             drafting = sum(self._draft_seconds(name) * d for name, d in depths.items())
-            seconds = self.cost.seconds(plain + m) + drafting
+            seconds = self.cost.seconds(plain, m) + drafting
             pays = expected / plain - 1 > self.margin * (seconds / alone - 1)
             if pays and expected / seconds > best_rate:
                 best, best_seconds, best_rate = m, seconds, expected / seconds
@@ -197,9 +197,9 @@ class CountBudget(AutoBudget):
     """
 
     def __init__(self, max_draft: int = 7) -> None:
-        super().__init__(max_draft, cost=StepCost({1: 1 + 1 / 16, 513: 1 + 513 / 16}))
+        super().__init__(max_draft, cost=PassCost(StepCost({1: 1 + 1 / 16, 513: 1 + 513 / 16})))
 
-    def time_step(self, tokens: int, seconds: float) -> None:
+    def time_step(self, rows: int, tokens: int, seconds: float) -> None:
         """The cost is fixed."""
 
     def time_draft(self, drafter: str, seconds: float) -> None:

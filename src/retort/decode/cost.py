@@ -35,3 +35,50 @@ class StepCost:
         lo, hi = knots[at - 1], knots[at]
         slope = (self.seconds_at[hi] - self.seconds_at[lo]) / (hi - lo)
         return self.seconds_at[lo] + max(slope, 0.0) * (tokens - lo)
+
+
+@dataclass
+class PassCost:
+    """Seconds of a pass in which ``rows`` rows decode and drafts are verified beside.
+
+    Plain passes are timed live, for each number of rows; from the profile, which knows one short
+    row only, comes what more tokens *add*, times a factor that passes with drafts teach [our
+    choice: a profile taken as it stands underrates what drafts cost beside many long rows].
+
+    Args:
+        profile: T(tokens) of one row.
+        plain: seconds of plain passes by number of rows.
+        factor: what drafts really added, relative to the profile.
+    """
+
+    profile: StepCost = field(default_factory=StepCost)
+    plain: dict[int, float] = field(default_factory=dict)
+    factor: float = 1.0
+
+    def seconds(self, rows: int, drafts: int = 0) -> float:
+        """Expected seconds."""
+        return self._plain(rows) + self.factor * self._added(rows, drafts)
+
+    def record(self, rows: int, drafts: int, seconds: float) -> None:
+        """Learn from a pass."""
+        plain = self._plain(rows)
+        if not drafts:
+            ratio = min(max(seconds / plain, 0.5), 2.0)
+            self.plain[rows] = plain * (0.85 + 0.15 * ratio) if rows in self.plain else seconds
+            return
+        added = self._added(rows, drafts)
+        seen = min(max((seconds - plain) / added, 0.0), 4.0)
+        weight = min(0.1, 0.3 * added / plain)  # where drafts add little, noise says nothing
+        self.factor = max(self.factor + weight * (seen - self.factor), 0.25)
+
+    def _added(self, rows: int, drafts: int) -> float:
+        """By the profile, and at least 0.3 % of a pass a token."""
+        alone = self.profile.seconds(rows)
+        return max(self.profile.seconds(rows + drafts) - alone, 0.003 * drafts * alone)
+
+    def _plain(self, rows: int) -> float:
+        if not self.plain or rows in self.plain:
+            return self.plain.get(rows, self.profile.seconds(rows))
+        near = min(self.plain, key=lambda known: abs(known - rows))
+        other = self.profile.seconds(rows) / self.profile.seconds(near)
+        return self.plain[near] * other

@@ -165,6 +165,6 @@ class Drafting:
         return fit.cut(next(bad, len(fit)))
 
     def _profile_once(self) -> None:
-        cost = getattr(self.budget, "cost", None)
+        cost = getattr(getattr(self.budget, "cost", None), "profile", None)
         if cost is not None and not cost.seconds_at:
             cost.seconds_at |= pass_profile(self._target)

@@ -338,7 +338,8 @@ class Engine:
             logits = salvage(self.target, plan, drafts, keep, error)
         else:
             if not plan.prefills:
-                self.budget.time_step(sum(len(t) for _, t in feeds), time.perf_counter() - started)
+                tokens, seconds = sum(len(t) for _, t in feeds), time.perf_counter() - started
+                self.budget.time_step(len(feeds), tokens, seconds)
         return score_prompts(plan, keep, logits)
 
     def _accept(self, plan: Plan, drafts: Drafts, logits: Tensor | None) -> None:

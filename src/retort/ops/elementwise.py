@@ -7,7 +7,7 @@ the last few elements of a tensor, and of each thread's part of it, take another
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -19,10 +19,14 @@ from retort.ops.native import activation, elementwise
 _on_core: ContextVar[bool] = ContextVar("on_core", default=False)
 
 
-@contextmanager
-def core_arithmetic(wanted: bool) -> Iterator[None]:
+def core_arithmetic(wanted: bool) -> AbstractContextManager[None]:
     """Run the functions below on the native core for float32 tensors that need no gradient."""
-    token = _on_core.set(wanted)
+    return _on_the_core() if wanted else nullcontext()  # torch.compile traces the latter
+
+
+@contextmanager
+def _on_the_core() -> Iterator[None]:
+    token = _on_core.set(True)
     try:
         yield
     finally:

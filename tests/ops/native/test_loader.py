@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -34,8 +35,9 @@ def ask(**environment):
 
 
 @needs_core
-def test_one_openmp_runtime_serves_torch_and_the_core():
-    assert len(runtime.openmp_runtimes()) == 1
+def test_one_openmp_runtime_serves_torch_and_the_core(python):
+    code = "from retort.ops.native import library, runtime; library(); import json;"
+    assert len(json.loads(python(code + "print(json.dumps(runtime.openmp_runtimes()))"))) == 1
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:

@@ -169,7 +169,9 @@ class DacTerm:
         full = clipped_kl(slots, band_share(slots, *self.settings.full_band, self.settings.tau))
         losses, covered = clipped_kl(slots, keep), coverage(slots, keep)
         stats = {"coverage": covered, "width": upper - lower, "lower": lower, "upper": upper}
-        stats |= {f"{name}_squared": stats[name].square() for name in ("coverage", "width")}
+        stats |= {
+            f"{name}_squared": stats[name].double().square() for name in ("coverage", "width")
+        }
         stats |= {"full_kl": full, "hidden_kl": full - losses}
         losses, stats["widened"] = self._widen(losses, full, covered)
         return _sum(rows.counted, self._constrain(losses, covered), stats)
@@ -266,5 +268,6 @@ def _check_network(settings: DacSettings, network: BandNetwork | None) -> None:
 
 
 def _sum(counted: Tensor, losses: Tensor, stats: dict[str, Tensor]) -> TermSum:
-    sums = {name: (value.detach() * counted).sum() for name, value in stats.items()}
+    # In double: a spread is the difference of two sums that are nearly equal
+    sums = {name: (value.detach().double() * counted).sum() for name, value in stats.items()}
     return TermSum((losses * counted).sum(), counted.sum(), sums)
