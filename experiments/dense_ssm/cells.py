@@ -31,8 +31,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "m1": {"dense_block_layers": 1},
         "m2": {"dense_block_layers": 2},
         "m4": {"dense_block_layers": 4},
+        "m2-no-gate": {"dense_block_layers": 2, "dense_gate": False},
     },
-    "mamba": {f"m{m}": {"dense_block_layers": m} for m in (0, 1, 2, 4)},
+    "mamba": {
+        **{f"m{m}": {"dense_block_layers": m} for m in (0, 1, 2, 4)},
+        "m2-no-gate": {"dense_block_layers": 2, "dense_gate": False},
+    },
 }
 MAIN = {"retnet": ("m0", "m2", "m0-norms"), "mamba": ("m0", "m2")}
 
@@ -137,7 +141,7 @@ def plan(best: Rate, seeds: Sequence[int] = (1, 2, 3)) -> Iterator[Cell]:
                 yield from grid("tinyshakespeare", family)
             yield from main("tinyshakespeare", family, seed, best)
     for family in FAMILIES:
-        for variant in ("m1", "m4"):
+        for variant in ("m1", "m4", "m2-no-gate"):
             rate = best("wikitext2", family, "m2")
             yield Cell("wikitext2", family, variant, rate, seeds[0])
     for seed in seeds[1:]:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from retort.errors import ConfigurationError
@@ -30,11 +30,15 @@ def run(config: PretrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pa
 
 
 def train(trainer: PretrainTrainer, quiet: bool = False) -> Path:
-    """Train to the end from the newest checkpoint, if there is one, save, and evaluate."""
+    """Train to the end from the newest checkpoint, if there is one, save, and evaluate.
+
+    ``quiet`` leaves showing the run to the trainer's other callbacks.
+    """
     config = trainer.config
     folder = Path(config.output_dir or "")
     if quiet:
-        trainer.remove_callback(PrinterCallback)
+        for theirs in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(theirs)
     with checkpoint.alone(folder) if trainer.args.should_save else nullcontext():
         start = config.resume_from_checkpoint or checkpoint.newest(folder)
         if trainer.args.should_save:
