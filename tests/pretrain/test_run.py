@@ -239,7 +239,14 @@ def test_an_unknown_key_of_a_recipe_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("seed", 7), ("block_size", 9), ("learning_rate", 0.5), ("max_steps", 9)]
+    ("name", "value"),
+    [
+        ("seed", 7),
+        ("block_size", 9),
+        ("learning_rate", 0.5),
+        ("max_steps", 9),
+        ("weight_decay", 0.5),
+    ],
 )
 def test_going_on_as_another_run_is_refused(texts, tmp_path, name, value):
     run(config(tmp_path, texts, max_steps=2))

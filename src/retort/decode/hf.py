@@ -193,6 +193,8 @@ def _collect(
 
 def _steps(rows: Sequence[list[Tensor]], lengths: Sequence[int]) -> tuple[Tensor, ...]:
     """For each step ``[batch, vocab]``; what was computed beyond a row's end is not its own."""
+    if not any(lengths):
+        return ()
     empty = torch.zeros_like(next(row[0] for row in rows if row))
     return tuple(
         torch.stack([r[step] if step < n else empty for r, n in zip(rows, lengths, strict=True)])

@@ -116,5 +116,12 @@ FIXED = (
     "learning_rate",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
 )
 """Arguments that must not change between a run and its continuation."""
