@@ -154,6 +154,19 @@ def test_step_cost_interpolates_and_follows_drift():
     assert cost.seconds(8) > 3.4  # a neighbour follows, more slowly
 
 
+def test_drafts_that_cost_more_than_was_thought_use_the_credit_up():
+    """Every draft is accepted, and yet passes with drafts lose: the clock has the last word."""
+    budget, drafted = _budget(64, 1.0, prior=0.9), 0
+    budget.cost.record = lambda *_: None  # a cost model that never learns
+    for _ in range(400):
+        n = _give(budget, ["a"], [4])[0]
+        drafted += bool(n)
+        budget.time_step(1, 1 + n, 8.0 if n else 1.0)
+        if n:
+            budget.observe("a", "d", n, n)
+    assert 0 < drafted < 12
+
+
 def test_plain_passes_are_timed_live_and_drafts_add_what_they_added():
     profile = StepCost({1: 1.0, 4: 1.0, 16: 4.0, 32: 8.0})
     cost = PassCost(profile)

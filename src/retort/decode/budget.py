@@ -135,8 +135,11 @@ class AutoBudget:
             self._credit += accepted * self._worth
 
     def time_step(self, rows: int, tokens: int, seconds: float) -> None:
-        """Learn what a pass takes."""
-        self.cost.record(rows, tokens - rows, seconds)
+        """Learn what a pass takes; drafts that cost more than was paid for are paid now."""
+        drafts = tokens - rows
+        if drafts and self._credit is not None:
+            self._credit -= seconds - self.cost.seconds(rows, drafts)
+        self.cost.record(rows, drafts, seconds)
 
     def time_draft(self, drafter: str, seconds: float) -> None:
         """Learn what one drafting pass costs."""
