@@ -180,7 +180,9 @@ def test_a_rewind_computes_nothing(monkeypatch):
     feed(cache, {0: sequence(40, 6)})
     monkeypatch.setattr(ScanInputs, "discretise", None)
     cache.rewind(0, 35)
+    assert cache.length(0) == 35
     cache.rewind(0, 33)
+    assert cache.length(0) == 33
 
 
 def test_freed_slots_and_pages_never_surface():
