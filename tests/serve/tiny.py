@@ -120,7 +120,7 @@ class Served:
         )
 
 
-def eventually(condition, seconds: float = 5) -> None:
+def eventually(condition, seconds: float = 30) -> None:
     """Wait until ``condition()`` holds."""
     end = time.monotonic() + seconds
     while not condition():
