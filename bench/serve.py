@@ -27,6 +27,7 @@ from retort.bench.summary import duration, summarize
 from retort.provenance import Provenance, write_json
 
 OFF = {"speculation": "off"}
+SETTLED = 2.0  # seconds after which the streams' own prompts have been read
 
 
 def main() -> None:
@@ -88,11 +89,12 @@ async def among(options, prompts, words, number, with_long) -> dict:
     streams = asyncio.create_task(run(address, asked))
     long: Sample | None = None
     if with_long:
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(SETTLED)
         text = " ".join(words[number * 97 :][: int(options.long_tokens / 1.35)])
         long = await ask(address, CHAT, {**asked.body(text), "max_tokens": 4}, start)
     samples = await streams
-    gaps = [gap for s in samples for gap in s.gaps]
+    gaps = _gaps(samples, SETTLED, float("inf"))
+    reading = () if long is None else (long.sent, long.sent + (long.first or long.last))
     return {
         "long": with_long,
         "long_prompt_tokens": long.prompt_tokens if long else 0,
@@ -100,23 +102,21 @@ async def among(options, prompts, words, number, with_long) -> dict:
         "itl_p50": float(np.percentile(gaps, 50)),
         "itl_p99": float(np.percentile(gaps, 99)),
         "itl_max": max(gaps),
-        "during_p99": _during(samples, long),
-        "errors": sum(s.error is not None for s in samples),
+        "during_p99": float(np.percentile(_gaps(samples, *reading), 99)) if reading else None,
+        "errors": [s.error for s in [*samples, *([long] if long else [])] if s.error],
     }
 
 
-def _during(samples: list[Sample], long: Sample | None) -> float | None:
-    """The 99th percentile of the gaps that ended while the long prompt was being read."""
-    if long is None or long.first is None:
-        return None
+def _gaps(samples: list[Sample], start: float, stop: float) -> list[float]:
+    """The gaps that ended between two times, in seconds from the run's start."""
     inside = []
     for sample in samples:
         at = sample.sent + (sample.first or 0.0)
         for gap in sample.gaps:
             at += gap
-            if long.sent <= at <= long.sent + long.first:
+            if start <= at <= stop:
                 inside.append(gap)
-    return float(np.percentile(inside, 99)) if inside else None
+    return inside
 
 
 def save(options: argparse.Namespace, found) -> None:

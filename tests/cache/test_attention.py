@@ -100,3 +100,36 @@ def test_errors_name_both_sides():
         cache.length(7)
     with pytest.raises(ConfigurationError, match="distinct rows"):
         cache.begin([row, row], [1, 1])
+
+
+def test_a_row_that_says_how_much_it_will_hold_is_moved_once():
+    def moves(room):
+        cache = AttentionRowCache(poison=math.nan)
+        row, seen = cache.add_row(room), set()
+        naive, source = Naive(), iter(range(1, 10**6))
+        naive.rows[row] = []
+        for _ in range(40):
+            _append(cache, naive, [row], [10], source)
+            seen.add(cache.capacity(row))
+        _assert_equal(cache, naive)
+        return seen
+
+    assert len(moves(400)) == 1 and max(moves(400)) < 520
+    assert len(moves(0)) > 5
+    assert len(moves(10)) > 3, "too little room is no limit"
+
+
+def test_a_row_made_of_kept_pieces_has_the_room_that_it_will_need():
+    cache, naive, source = AttentionRowCache(poison=math.nan), Naive(), iter(range(1, 10**6))
+    naive.rows[cache.add_row()] = []
+    _append(cache, naive, [0], [32], source)
+    row = cache.unpark(cache.parked(32, [cache.piece(0, 0, 16), cache.piece(0, 16, 32)]), 300)
+    naive.rows[row] = list(naive.rows[0])
+    before = cache.capacity(row)
+    _append(cache, naive, [row], [268], source)
+    assert cache.capacity(row) == before >= 300
+    _assert_equal(cache, naive)
+    cache.free_row(row)
+    assert cache.add_row() == row
+    cache.begin([row], [1])
+    assert cache.capacity(row) < 32, "the next row does not inherit it"

@@ -40,6 +40,7 @@ class AttentionRowCache(RowCache):
         self._poison = poison
         self._buffers: dict[int, dict[int, Tensor]] = {}
         self._capacity: dict[int, int] = {}
+        self._expected: dict[int, int] = {}
 
     # What transformers' decoders call
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple:
@@ -91,12 +92,17 @@ class AttentionRowCache(RowCache):
 
     def _close(self, row: int) -> None:
         del self._buffers[row], self._capacity[row]
+        self._expected.pop(row, None)
+
+    def _expect(self, row: int, tokens: int) -> None:
+        self._expected[row] = tokens
 
     def _reserve(self, layout: PackedRows) -> None:
         for row, start, lo, hi in spans(layout):
             need = start + hi - lo
             if need > self._capacity[row]:
-                self._grow(row, start, _round_up(max(need, int(self._capacity[row] * _GROWTH))))
+                known = max(self._capacity[row], self._expected.pop(row, 0))
+                self._grow(row, start, _round_up(max(need, int(known * _GROWTH))))
 
     def _rewind(self, row: int, length: int) -> None:
         """Nothing to do: positions from ``length`` on are overwritten before they are read."""
@@ -118,7 +124,8 @@ class AttentionRowCache(RowCache):
     def _copy_in(self, row: int, state: Sequence[dict[int, Tensor]]) -> None:
         for layer in state[0]:
             whole = torch.cat([piece[layer] for piece in state], 2)
-            self._capacity[row] = _round_up(int(whole.shape[2] * _GROWTH) + 1)
+            known = max(whole.shape[2], self._expected.get(row, 0))
+            self._capacity[row] = _round_up(int(known * _GROWTH) + 1)
             self._buffers[row][layer] = self._new_buffer(whole, self._capacity[row])
             self._buffers[row][layer][:, :, : whole.shape[2]] = whole
 

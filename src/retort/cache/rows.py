@@ -91,11 +91,18 @@ class RowCache(ABC):
         self._require(row)
         return self._lengths[row]
 
-    def add_row(self) -> int:
-        """Open an empty row and return its id, the lowest that is free."""
+    def add_row(self, room: int = 0) -> int:
+        """Open an empty row and return its id, the lowest that is free.
+
+        Args:
+            room: tokens that the row will hold before long. Storage for all may be taken at once:
+                a row that is read in slices is else moved to larger storage again and again, and
+                a pass that moves hundreds of megabytes holds up the other rows.
+        """
         row = next(i for i in range(len(self._lengths) + 1) if i not in self._lengths)
         self._lengths[row] = 0
         self._open(row)
+        self._expect(row, room)
         return row
 
     def free_row(self, row: int) -> None:
@@ -119,9 +126,12 @@ class RowCache(ABC):
         self.free_row(row)
         return None if state is None else Parked(length, state)
 
-    def unpark(self, parked: Parked) -> int:
-        """Take a parked row in again, with the bits that it had, and return its new id."""
-        row = self.add_row()
+    def unpark(self, parked: Parked, room: int = 0) -> int:
+        """Take a parked row in again, with the bits that it had, and return its new id.
+
+        ``room`` is as in `add_row`.
+        """
+        row = self.add_row(room)
         self._copy_in(row, parked.state)
         self._lengths[row] = parked.length
         return row
@@ -230,6 +240,10 @@ class RowCache(ABC):
     @abstractmethod
     def _copy_rows(self, order: Sequence[int]) -> None:
         """Storage of row i becomes a copy of that of row ``order[i]``; lengths are the old ones."""
+
+    def _expect(self, row: int, tokens: int) -> None:
+        """The new ``row`` will soon hold so many tokens; states of fixed size need nothing."""
+        self._require(row)
 
     def _faults(self) -> list[str]:
         """What is inconsistent in the storage."""

@@ -59,7 +59,7 @@ def serve(
     ] = None,
     prefill_stretch: Annotated[
         float, typer.Option(help="How much longer steps may take for prompts beside them.")
-    ] = 1.8,
+    ] = 2.0,
     prefix_cache_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens of kept prompt prefixes; 0 keeps none.")
     ] = 4096,

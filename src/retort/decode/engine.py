@@ -434,7 +434,8 @@ class Engine:
         cache = self.target.cache
         if request.row < 0:
             parked, request.parked = request.parked, None
-            request.row = cache.add_row() if parked is None else cache.unpark(parked)
+            room = len(request.tokens)
+            request.row = cache.add_row(room) if parked is None else cache.unpark(parked, room)
 
     def _rewind_row(self, request: Request, length: int) -> None:
         if request.row >= 0:

@@ -12,8 +12,9 @@ import math
 from retort.decode.cost import StepCost
 from retort.errors import ConfigurationError
 
-_LEAST = 8  # a prompt is read, however slow its tokens are
+_LEAST = 4  # a prompt is read, however slow its tokens are
 _NEW = 0.3  # weight of the newest step in c
+_JUMP = 2.0  # most by which one step's tokens may seem slower or faster than those before
 
 
 class PrefillPace:
@@ -43,7 +44,7 @@ class PrefillPace:
         if self._stretch is None or not rows:
             return self._most
         if not self._steps.seconds_at or self._per_token is None:
-            return min(self._most, 2 * _LEAST)  # nothing is known yet
+            return min(self._most, 4 * _LEAST)  # nothing is known yet
         room = (self._stretch - 1) * self._steps.seconds(rows) / self._per_token
         return min(self._most, max(_LEAST, int(room)))
 
@@ -58,4 +59,5 @@ class PrefillPace:
             return
         added = max(seconds - self._steps.seconds(rows), 1e-9) / prompt_tokens
         known = added if self._per_token is None else self._per_token
-        self._per_token = (1 - _NEW) * known + _NEW * added
+        seen = min(max(added, known / _JUMP), known * _JUMP)  # a hiccup is not the prompt's
+        self._per_token = (1 - _NEW) * known + _NEW * seen

@@ -13,7 +13,8 @@
 namespace RETORT_ISA {
 
 constexpr int64_t BLOCK = 64;
-constexpr int64_t CHUNK = 32;  // new tokens of a task
+constexpr int64_t CHUNK = 32;  // most new tokens of a task
+constexpr int64_t SLICE = 4;   // and no fewer, where there are more: they share a read of the keys
 constexpr int TILE = 4;        // query heads that share a read of the values
 
 // What one row gives a task.
@@ -221,31 +222,44 @@ static void append_rows(const RetortAttentionCall* c, const Team& team) {
   }
 }
 
+// How many new tokens of a row with `tokens` of them go into a task, so that a team finds about four
+// tasks of equal size a thread. A query's bits are the same in any task.
+INLINE int64_t chunk_of(const RetortAttentionCall* c, int64_t tokens, int64_t threads) {
+  if (threads == 1) return CHUNK;
+  const int64_t even = ceil_div(tokens * c->heads->kv_heads, 4 * threads);
+  const int64_t chunks = ceil_div(tokens, most(SLICE, least(CHUNK, even)));
+  return ceil_div(tokens, chunks);
+}
+
 // Task `id`: rows in falling cost, then heads, then the latest chunk first (it has the most keys).
-static Task find_task(const RetortAttentionCall* c, int64_t id) {
+static Task find_task(const RetortAttentionCall* c, int64_t id, int64_t threads) {
   const RetortRows* rows = c->rows;
   int64_t i = 0;
   for (;; i++) {
-    const int64_t tasks = c->heads->kv_heads * ceil_div(rows->counts[rows->order[i]], CHUNK);
+    const int64_t tokens = rows->counts[rows->order[i]];
+    const int64_t tasks = c->heads->kv_heads * ceil_div(tokens, chunk_of(c, tokens, threads));
     if (id < tasks) break;
     id -= tasks;
   }
-  const int64_t row = rows->order[i], chunks = ceil_div(rows->counts[row], CHUNK);
-  const int64_t first = (chunks - 1 - id / c->heads->kv_heads) * CHUNK;
-  return {row, id % c->heads->kv_heads, first, least(CHUNK, rows->counts[row] - first)};
+  const int64_t row = rows->order[i], tokens = rows->counts[row];
+  const int64_t chunk = chunk_of(c, tokens, threads), chunks = ceil_div(tokens, chunk);
+  const int64_t first = (chunks - 1 - id / c->heads->kv_heads) * chunk;
+  return {row, id % c->heads->kv_heads, first, least(chunk, tokens - first)};
 }
 
-INLINE int64_t count_tasks(const RetortAttentionCall* c) {
+INLINE int64_t count_tasks(const RetortAttentionCall* c, int64_t threads) {
   int64_t tasks = 0;
-  for (int64_t r = 0; r < c->rows->rows; r++)
-    tasks += c->heads->kv_heads * ceil_div(c->rows->counts[r], CHUNK);
+  for (int64_t r = 0; r < c->rows->rows; r++) {
+    const int64_t tokens = c->rows->counts[r];
+    tasks += c->heads->kv_heads * ceil_div(tokens, chunk_of(c, tokens, threads));
+  }
   return tasks;
 }
 
-// What one thread of a team does, once all new keys and values are in the buffers; `next` is the
-// team's counter of tasks taken.
-static void attention_part(const RetortAttentionCall* c, int64_t* next) {
-  const int64_t tasks = count_tasks(c), group = c->heads->heads / c->heads->kv_heads;
+// What one of a team's `threads` does, once all new keys and values are in the buffers; `next` is
+// the team's counter of tasks taken.
+static void attention_part(const RetortAttentionCall* c, int64_t threads, int64_t* next) {
+  const int64_t tasks = count_tasks(c, threads), group = c->heads->heads / c->heads->kv_heads;
   int64_t longest = 0;
   for (int64_t r = 0; r < c->rows->rows; r++)
     longest = most(longest, least(CHUNK, c->rows->counts[r]));
@@ -255,19 +269,19 @@ static void attention_part(const RetortAttentionCall* c, int64_t* next) {
   for (;;) {
     const int64_t id = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
     if (id >= tasks) break;
-    attend(c, find_task(c, id), w);
+    attend(c, find_task(c, id, threads), w);
   }
   free(memory);
 }
 
 static void attention(const RetortAttentionCall* c) {
   int64_t next = 0;
-  run_team((int)least(c->threads, count_tasks(c)), [&](const Team& team) {
+  run_team((int)least(c->threads, count_tasks(c, c->threads)), [&](const Team& team) {
     if (c->k) {
       append_rows(c, team);
       team.barrier();
     }
-    attention_part(c, &next);
+    attention_part(c, team.size, &next);
   });
 }
 

@@ -108,7 +108,7 @@ static void decoder_part(const RetortDecoderCall* c, Work& w, int64_t* next, con
   team.barrier();
   place_part(c, w, team);
   team.barrier();
-  attention_part(&attention, next);
+  attention_part(&attention, team.size, next);
   team.barrier();
   linear_part(&l.output, team);
   team.barrier();
