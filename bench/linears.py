@@ -1,15 +1,19 @@
 """Linear layers of a whole SmolLM2-135M step: packed against torch, beside what the machine can do.
 
     OMP_NUM_THREADS=2 python bench/linears.py [--rows 1 2 4 8 16 32] [--repeats 7] [--isa avx2]
+    OMP_NUM_THREADS=2 python bench/linears.py --layers 4 --only plain --rows 1 7 33 257 512
 
 Every number is the median of rounds in which all candidates take turns, with a read-bandwidth probe
-and a matrix-product probe in the same rounds; the limit is max(bytes / bandwidth, flops / rate).
+and a matrix-product probe before each candidate; the limit is max(bytes / bandwidth, flops / rate),
+from the probes next to it. "plain" is a call a layer, as `F.linear`; "fused" joins query, key and
+value, and gate and up.
 """
 
 from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -18,6 +22,7 @@ from torch.nn import functional as F
 
 from retort.ops import native
 from retort.ops.linear import gated, pack, packed_linear, packed_linears
+from retort.provenance import Provenance, write_json
 
 # hidden, query and key/value widths, intermediate width, layers, vocabulary
 HIDDEN, QUERY, KEY, INNER, LAYERS, VOCAB = 576, 576, 192, 1536, 30, 49152
@@ -83,61 +88,97 @@ def seconds(run):
     return perf_counter() - start
 
 
-def probes():
+class Probes:
     """Read bandwidth (bytes/s) of a large buffer, and fp32 product rate (flop/s)."""
-    buffer, square = torch.ones(64 << 20), torch.randn(1024, 1024)
+
+    def __init__(self):
+        self.buffer, self.square = torch.ones(64 << 20), torch.randn(1024, 1024)
+
+    def bandwidth(self):
+        return self.buffer.nbytes / seconds(self.buffer.sum)
+
+    def rate(self):
+        return 2 * 1024**3 / seconds(lambda: self.square @ self.square)
+
+
+SIZES = {"float32": 4, "bfloat16": 2}
+
+
+def candidates(step, x, wide, only):
+    """Name → what it runs."""
+    runs = {"F.linear": lambda: step.stock(x, wide)}
+    for p in SIZES:
+        runs[f"plain {p}"] = lambda p=p: step.plain(p, x, wide)
+        runs[f"fused {p}"] = lambda p=p: step.together(p, x, wide)
+    return {name: run for name, run in runs.items() if not only or name.split()[0] in only}
+
+
+def measure(step, m, repeats, only):
+    """Medians over rounds: bytes/s, flop/s, and of each candidate milliseconds and × its limit."""
+    runs = candidates(step, torch.randn(m, HIDDEN), torch.randn(m, INNER), only)
+    probes, took = Probes(), {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            took[name].append((probes.bandwidth(), probes.rate(), seconds(run)))
+    took = {name: rounds[1:] for name, rounds in took.items()}  # the first warms up
+    every = [r for rounds in took.values() for r in rounds]
     return {
-        "bandwidth": lambda: buffer.nbytes / seconds(buffer.sum),
-        "rate": lambda: 2 * 1024**3 / seconds(lambda: square @ square),
+        "rows": m,
+        "bandwidth": median(r[0] for r in every),
+        "rate": median(r[1] for r in every),
+        "milliseconds": {n: 1e3 * median(r[2] for r in rounds) for n, rounds in took.items()},
+        "times_limit": {
+            n: median(s / limit(step, m, n, b, r) for b, r, s in rounds)
+            for n, rounds in took.items()
+        },
+        "over_stock": {
+            n: median(s / f[2] for (_, _, s), f in zip(rounds, took["F.linear"], strict=True))
+            for n, rounds in took.items()
+        },
     }
 
 
-def measure(step, m, repeats):
-    """Medians: probes in units a second, candidates in milliseconds."""
-    x, wide = torch.randn(m, HIDDEN), torch.randn(m, INNER)
-    runs = {"F.linear": lambda: step.stock(x, wide)}
-    for p in ("float32", "bfloat16"):
-        runs[f"packed {p}"] = lambda p=p: step.plain(p, x, wide)
-        runs[f"fused {p}"] = lambda p=p: step.together(p, x, wide)
-    results = {name: [] for name in (*probes(), *runs)}
-    for _ in range(repeats):
-        for name, probe in probes().items():
-            results[name].append(probe())
-        for name, run in runs.items():
-            results[name].append(1e3 * seconds(run))
-    return {name: median(values[1:]) for name, values in results.items()}
+def limit(step, m, name, bandwidth, rate):
+    size = SIZES.get(name.split()[-1], 4)
+    return max(size * step.weights / bandwidth, 2 * m * step.weights / rate)
 
 
-def report(step, m, got):
-    """One table row; the packed columns show how far from the limit they are."""
-    flops = 2 * m * step.weights / got["rate"]
-    cells = [f"{m}", f"{got['bandwidth'] / 1e9:.0f}", f"{got['rate'] / 1e9:.0f}"]
-    cells.append(f"{got['F.linear']:.1f}")
-    for precision, size in (("float32", 4), ("bfloat16", 2)):
-        limit = 1e3 * max(size * step.weights / got["bandwidth"], flops)
-        cells.append(f"{limit:.1f}")
-        for kind in ("packed", "fused"):
-            took = got[f"{kind} {precision}"]
-            cells.append(f"{took:.1f} ({took / limit:.2f})")
-    print("| " + " | ".join(cells) + " |", flush=True)
+def row(got):
+    """One table row: milliseconds, (× the limit), and × F.linear's time."""
+    cells = [f"{got['rows']}", f"{got['bandwidth'] / 1e9:.0f}", f"{got['rate'] / 1e9:.0f}"]
+    for name, took in got["milliseconds"].items():
+        cells.append(f"{took:.1f} ({got['times_limit'][name]:.2f}, {got['over_stock'][name]:.2f})")
+    return "| " + " | ".join(cells) + " |"
 
 
-def main():
+def table(results):
+    heads = ["rows", "GB/s", "GFLOPS", *results[0]["milliseconds"]]
+    return ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *map(row, results)]
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--only", nargs="+", choices=["plain", "fused"], help="beside F.linear")
     parser.add_argument("--isa", choices=native.ISAS)
-    arguments = parser.parse_args()
-    step = Step(arguments.layers)
-    with native.use_isa(arguments.isa) if arguments.isa else nullcontext():
-        print(f"{native.isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}; ms")
-        heads = ["rows", "GB/s", "GFLOPS", "F.linear"]
-        for p in ("fp32", "bf16"):
-            heads += [f"limit {p}", f"packed {p} (× limit)", f"fused {p} (× limit)"]
-        print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
-        for m in arguments.rows:
-            report(step, m, measure(step, m, arguments.repeats))
+    parser.add_argument("--output", type=Path, default=Path("bench-linears.json"))
+    return parser.parse_args()
+
+
+def main():
+    told = arguments()
+    only = told.only and ["F.linear", *told.only]
+    step, results = Step(told.layers), []
+    with native.use_isa(told.isa) if told.isa else nullcontext():
+        record = Provenance.collect(vars(told)).to_dict() | {"isa": native.isa()}
+        record["threads"] = torch.get_num_threads()
+        for m in told.rows:
+            results.append(measure(step, m, told.repeats, only))
+            print(row(results[-1]), flush=True)
+            write_json(told.output, {"provenance": record, "results": results})
+    print(*table(results), sep="\n")
 
 
 if __name__ == "__main__":

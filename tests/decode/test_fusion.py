@@ -66,8 +66,8 @@ def test_every_layer_is_fused_and_gives_the_models_own_logits(family):
     model = build(FAMILIES[family])
     want = run(PackedModel(model, cpu_backend="torch"))
     packed = PackedModel(model, cpu_backend="native")
-    assert len(packed.backend._layers.fused) == 2, packed.backend._layers.skipped
-    assert packed.backend._stack is not None, packed.backend._layers.skipped
+    assert len(packed.backend.packing.layers.fused) == 2, packed.backend.packing.layers.skipped
+    assert packed.backend.packing.stack is not None, packed.backend.packing.layers.skipped
     torch.testing.assert_close(run(packed), want, atol=1e-4, rtol=1e-4)
     packed.close()
     assert all("forward" not in m.__dict__ for m in model.modules())
@@ -108,7 +108,7 @@ def test_layers_that_compute_something_else_keep_their_forward(make):
     model = build(make)
     want = run(PackedModel(model, cpu_backend="torch"))
     packed = PackedModel(model, cpu_backend="native")
-    assert not packed.backend._layers.fused
+    assert not packed.backend.packing.layers.fused
     torch.testing.assert_close(run(packed), want, atol=1e-4, rtol=1e-4)
 
 
@@ -140,8 +140,8 @@ def test_a_body_that_does_something_else_keeps_its_forward(change):
         model.model.norm.register_forward_hook(scaled)
     want = run(PackedModel(model, cpu_backend="torch"))
     packed = PackedModel(model, cpu_backend="native")
-    assert packed.backend._stack is None
-    assert packed.backend._layers.skipped["model"]
+    assert packed.backend.packing.stack is None
+    assert packed.backend.packing.layers.skipped["model"]
     torch.testing.assert_close(run(packed), want, atol=1e-4, rtol=1e-4)
 
 

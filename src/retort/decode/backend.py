@@ -9,12 +9,11 @@ from retort.cache.attention import AttentionRowCache
 from retort.cache.native import NativeAttentionRowCache, serves
 from retort.cache.varlen import VarlenAttentionRowCache
 from retort.cache.varlen import serves as varlen_serves
-from retort.decode.fusion import FusedLayers, Inference
-from retort.decode.stack import FusedStack
+from retort.decode.fusion import Inference
+from retort.decode.native_model import Lease, NativeModel
 from retort.errors import ConfigurationError
 from retort.ops import native
 from retort.ops.native.invariant import row_invariant
-from retort.ops.packing import PackedLinears, pack_linears
 
 BACKENDS = ("auto", "native", "torch")
 STORAGES = ("auto", "float32")
@@ -44,6 +43,8 @@ def resolve(cpu_backend: str, model: Any) -> str:
 class Backend:
     """The native core under one model while it decodes; `close` puts its modules back.
 
+    Backends on one model share its packed weights, made as the first of them asked.
+
     Args:
         weight_storage: "auto" (bf16 where that is exact) or "float32".
         release: drop original weights that only packed layers use, so that memory does not double.
@@ -56,11 +57,9 @@ class Backend:
             raise ConfigurationError(f"weight_storage={weight_storage!r} must be one of {STORAGES}")
         self.name = resolve(cpu_backend, model)
         self._varlen = varlen_serves(model.device, model.dtype)
-        self._linears: PackedLinears | None = None
-        self._layers: FusedLayers | None = None
-        self._stack: FusedStack | None = None
+        self._lease: Lease | None = None
         if self.name == "native":
-            self._linears = pack_linears(model, precision=weight_storage, release=release)
+            self._lease = Lease(model, weight_storage, release)
 
     def arithmetic(self) -> AbstractContextManager:
         """For the time of a pass: element functions whose bits ignore their place."""
@@ -74,46 +73,37 @@ class Backend:
 
     def fuse(self, model: Any, inference: Inference) -> None:
         """Run decoder layers that the core knows as one call each; see `retort.decode.fusion`."""
-        if self.name == "native":
-            self._layers = FusedLayers(model, inference)
-            if self._layers.fused:
-                self._fuse_stack(model, self._layers, inference)
+        if self._lease is not None and not self._lease.shared:
+            self._lease.packing.fuse(model, inference)
 
-    def _fuse_stack(self, model: Any, layers: FusedLayers, inference: Inference) -> None:
-        try:
-            self._stack = FusedStack(model, layers, inference)
-        except Exception as error:  # whatever a foreign forward raises, it keeps that forward
-            layers.skipped[model.base_model_prefix] = f"{type(error).__name__}: {error}"
+    @property
+    def packing(self) -> NativeModel | None:
+        """What the native core made of the model; None on PyTorch's arithmetic."""
+        return self._lease.packing if self._lease is not None else None
 
     def facts(self) -> dict[str, Any]:
         """What of the model runs natively, and the names of what does not, with the reason."""
-        linears, layers = self._linears, self._layers
+        linears = self.packing.linears if self.packing else None
+        layers = self.packing.layers if self.packing else None
         return {
             "cpu_backend": self.name,
             "packed_linears": len(linears.packed) if linears else 0,
             "linears_in_torch": dict(linears.skipped) if linears else {},
             "fused_layers": len(layers.fused) if layers else 0,
             "layers_in_torch": dict(layers.skipped) if layers else {},
-            "one_call_a_step": self._stack is not None,
+            "one_call_a_step": bool(self.packing and self.packing.stack),
         }
 
     def refresh(self) -> None:
         """Pack the model's present weights again, after a training step."""
-        if self._linears is not None:
-            self._linears.refresh()
-        if self._layers is not None:
-            self._layers.refresh()
-        if self._stack is not None:
-            self._stack.refresh()
+        if self.packing is not None:
+            self.packing.refresh()
 
     def close(self) -> None:
-        """Put the model's own layers back."""
-        if self._stack is not None:
-            self._stack.restore()
-            self._stack = None
-        if self._layers is not None:
-            self._layers.restore()
-            self._layers = None
-        if self._linears is not None:
-            self._linears.restore()
-            self._linears = None
+        """Put the model's own layers back, unless another user of the model still needs them.
+
+        A backend that is dropped without it does so when Python collects it.
+        """
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None

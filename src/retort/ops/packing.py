@@ -6,6 +6,7 @@ places with a `PackedLinear`. Nothing global is patched.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -108,11 +109,12 @@ class PackedLinears:
     Attributes:
         packed: module name → packed layer.
         skipped: module or parameter name → why it stays in PyTorch.
+        places: parent, name in it and packed layer; weak, so that a model can be collected.
     """
 
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    places: list[tuple[nn.Module, str, PackedLinear]] = field(default_factory=list)
+    places: list[tuple[weakref.ref, str, PackedLinear]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -128,14 +130,15 @@ class PackedLinears:
     def restore(self) -> None:
         """Put every original module back; released weights are unpacked, ties kept."""
         unpacked: dict[int, nn.Parameter] = {}
-        for parent, name, module in self.places:
+        for place, name, module in self.places:
             if module.weight.is_meta:
                 key = id(module.weight)
                 if key not in unpacked:
                     unpacked[key] = nn.Parameter(module.unpacked(), module.trainable)
                 module.source.weight = unpacked[key]
             module.source.train(module.training)
-            setattr(parent, name, module.source)
+            if (parent := place()) is not None:
+                setattr(parent, name, module.source)
         self.places.clear()
 
 
@@ -166,7 +169,7 @@ def pack_linears(
                 module = made.get(id(child)) or PackedLinear(child, precision)
                 made[id(child)] = module
                 handle.packed[path] = module
-                handle.places.append((parent, name, module))
+                handle.places.append((weakref.ref(parent), name, module))
                 setattr(parent, name, module)
             elif reason:
                 handle.skipped[path] = reason

@@ -1,0 +1,109 @@
+"""What the native core made of a model, shared by all who decode on it and undone after the last.
+
+Engines on one model share one packing: its weights are not stored twice, no matter which engine
+ends first. A user that is dropped without `Lease.close` leaves when Python collects it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from retort.decode.fusion import FusedLayers, Inference
+from retort.decode.stack import FusedStack
+from retort.ops.packing import pack_linears
+
+# Weak keys only: a packing refers to a model's parts and never to the model.
+_packings: WeakKeyDictionary[nn.Module, NativeModel] = WeakKeyDictionary()
+_lock = threading.RLock()  # reentrant: a collection may end a lease at any allocation
+
+
+class NativeModel:
+    """A model on packed linears, and on fused layers where `fuse` found any.
+
+    Args:
+        model: its linear layers change places with packed ones until `restore`.
+        weight_storage, release: as in `retort.ops.packing.pack_linears`.
+    """
+
+    def __init__(self, model: Any, weight_storage: str, release: bool) -> None:
+        self.users = 1
+        self.released = release
+        self.linears = pack_linears(model, precision=weight_storage, release=release)
+        self.layers: FusedLayers | None = None
+        self.stack: FusedStack | None = None
+
+    def fuse(self, model: Any, inference: Inference) -> None:
+        """Run decoder layers that the core knows as one call each; see `retort.decode.fusion`."""
+        self.layers = FusedLayers(model, inference)
+        if not self.layers.fused:
+            return
+        try:
+            self.stack = FusedStack(model, self.layers, inference)
+        except Exception as error:  # whatever a foreign forward raises, it keeps that forward
+            self.layers.skipped[model.base_model_prefix] = f"{type(error).__name__}: {error}"
+
+    def refresh(self) -> None:
+        """Pack the model's present weights again."""
+        for part in (self.linears, self.layers, self.stack):
+            if part is not None:
+                part.refresh()
+
+    def restore(self) -> None:
+        """Put the model's own modules and forwards back."""
+        for part in (self.stack, self.layers, self.linears):
+            if part is not None:
+                part.restore()
+        self.stack = self.layers = None
+
+
+class Lease:
+    """One user's hold on the packing of a model; made by the first user, undone with the last.
+
+    What the first user asked for holds for those who come while it is in use.
+
+    Args:
+        model: a model on the CPU.
+        weight_storage, release: as in `NativeModel`.
+
+    Attributes:
+        packing: what was made of the model.
+        shared: whether another user was there before.
+    """
+
+    def __init__(self, model: Any, weight_storage: str, release: bool) -> None:
+        with _lock:
+            found = _join(model)
+            self.packing = found or NativeModel(model, weight_storage, release)
+            self.shared = found is not None
+            _packings[model] = self.packing
+        self._leave = weakref.finalize(self, _leave, weakref.ref(model), self.packing)
+        self._leave.atexit = False  # at the interpreter's end nobody reads the model again
+
+    def close(self) -> None:
+        """Leave; the last user's leaving restores the model. Again does nothing."""
+        self._leave()
+
+
+def _join(model: Any) -> NativeModel | None:
+    """The packing in use, with one user more."""
+    packing = _packings.get(model)
+    if packing is not None:
+        packing.users += 1  # before the second look: a collection may have ended it in between
+    return packing if packing is _packings.get(model) else None
+
+
+def _leave(model: weakref.ref, packing: NativeModel) -> None:
+    with _lock:
+        packing.users -= 1
+        if packing.users:
+            return
+        left = model()
+        if left is not None:
+            _packings.pop(left, None)
+        if left is not None or not packing.released:  # nobody misses a dead model's own weights
+            packing.restore()
