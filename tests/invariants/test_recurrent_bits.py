@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from retort.decode.packed import PackedModel
 from retort.ops import native
+from retort.ops.native.invariant import row_invariant
 from tests.models import mambas, retnets
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native core")
@@ -148,3 +149,17 @@ def test_no_torch_matmul_in_the_decode_profile(name):
     inexact = ("aten::silu", "aten::softplus", "aten::rms_norm", "aten::mean", "aten::exp")
     allowed = {"aten::exp"} if "mamba" in name else set()  # A, which no row enters
     assert not names & {*banned, *inexact} - allowed
+
+
+@pytest.mark.parametrize("name", ["retnet", "mamba"])
+def test_a_pass_needs_no_hook_on_every_torch_call(name, monkeypatch):
+    """`row_invariant` costs more than the arithmetic of a short pass, and swaps nothing here."""
+
+    def hooked(*_):
+        raise AssertionError("a torch function went through the mode")
+
+    model, texts, want = alone(name)
+    packed = PackedModel(model, cpu_backend="native")
+    monkeypatch.setattr(row_invariant, "__torch_function__", hooked)
+    assert torch.equal(packed.forward([(packed.add_row(), texts[0])], [len(texts[0])]), want[0])
+    packed.close()

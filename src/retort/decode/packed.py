@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -188,10 +188,15 @@ class PackedModel:
         logits = self._logits(ids, position_ids, index)[0]
         return logits if self._takes_logits_to_keep else logits[index]
 
+    def _arithmetic(self) -> AbstractContextManager:
+        """What element functions run on; our own models call the core by themselves."""
+        own = getattr(self.model, "calls_core", False)
+        return nullcontext() if own else self.backend.arithmetic()
+
     @torch.no_grad()
     def _logits(self, ids: Tensor, position_ids: Tensor, index: Tensor) -> Tensor:
         extra = {"logits_to_keep": index} if self._takes_logits_to_keep else {}
-        with _inference(self.model, self.cache), self.backend.arithmetic():
+        with _inference(self.model, self.cache), self._arithmetic():
             return self.model(
                 input_ids=ids,
                 position_ids=position_ids,

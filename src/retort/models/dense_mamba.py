@@ -40,7 +40,7 @@ from retort.cache.recurrent import Feed
 from retort.errors import ConfigurationError
 from retort.models.carried import CarriedMamba, CarriedPass, MambaState, OneTokenPass
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
-from retort.models.mamba_native import NativePass, serves
+from retort.models.mamba_native import SILU, NativePass, serves
 from retort.models.mamba_passes import MambaPass, PassConvolution, RescanPass, StatePass
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
 from retort.ops.clock import Clock
@@ -115,7 +115,7 @@ class DenseMambaMixer(nn.Module):
         hidden, inner, states = config.hidden_size, config.intermediate_size, config.state_size
         self.config, self.layer_idx = config, layer_idx
         self.rank = int(config.time_step_rank)
-        self.act = silu if config.hidden_act in ("silu", "swish") else ACT2FN[config.hidden_act]
+        self.act = silu if config.hidden_act in SILU else ACT2FN[config.hidden_act]
         self.conv1d = PassConvolution(
             inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1,
             bias=config.use_conv_bias,
@@ -235,6 +235,11 @@ class DenseMambaPreTrainedModel(RecurrentModel, PreTrainedModel):
         """Sizes of the states that a cache of this model holds."""
         c = self.config
         return MambaShape(c.num_hidden_layers, c.intermediate_size, c.state_size, c.conv_kernel)
+
+    @property
+    def calls_core(self) -> bool:  # type: ignore[override]
+        """Other activations than silu stay in torch."""
+        return self.config.hidden_act in SILU
 
     def optional_weights(self) -> set[str]:
         """The gates, which a Mamba checkpoint has none of: they start at zero."""

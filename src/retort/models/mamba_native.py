@@ -20,6 +20,8 @@ from retort.ops.native.scan import ScanRows, ragged_convolution, ragged_scan
 from retort.ops.segments import Span
 from retort.ops.selective_scan import ScanInputs
 
+SILU = ("silu", "swish")
+
 if TYPE_CHECKING:
     from retort.models.carried import MambaState
     from retort.models.dense_mamba import DenseMambaConfig
@@ -104,7 +106,7 @@ def serves(config: DenseMambaConfig, x: Tensor, cache: MambaRowCache | MambaStat
     fits = x.dtype is torch.float32 and x.device.type == "cpu"
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not fits:
         return False
-    if config.hidden_act not in ("silu", "swish"):
+    if config.hidden_act not in SILU:
         return False
     if cache is None:
         return config.scan_form == "auto" and native.available()

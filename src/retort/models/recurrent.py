@@ -28,6 +28,7 @@ class RecurrentModel:
     device: torch.device
     training: bool
     gradient_checkpointing: bool = False
+    calls_core = True  # with a cache on the native core torch computes no activation
 
     row_cache: Any
     cache_shape: Any
