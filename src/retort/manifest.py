@@ -18,6 +18,9 @@ from retort.provenance import write_json
 MANIFEST = "retort_manifest.json"
 STAMP = ".retort_stamp.json"
 
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_RECORDS = ("provenance", "trainer_state", "corrections", "evaluation", "retort_", ".", "samples")
+
 
 def write_manifest(
     folder: Path, about: Mapping[str, Any] | None = None, skip: Collection[str] = ()
@@ -68,6 +71,12 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_hashes(folder: Path) -> dict[str, str]:
+    """Hashes of what decides a model's texts: weights, configuration, tokenizer."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _MODEL_FILES)
+    return {p.name: sha256(p) for p in files if not p.name.startswith(_RECORDS)}
 
 
 def _hash_fault(folder: Path, files: Mapping[str, str]) -> str | None:

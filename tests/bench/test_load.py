@@ -132,3 +132,57 @@ def test_bench_decode_runs_the_script(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.run(["bench", "decode", "--help-me"])
     assert ended.value.code == 2 and "--prompts" in capsys.readouterr().err
+
+
+def answer_of(parts, timeout=None):
+    """What a client makes of a server that sends these bytes, and then stays silent."""
+
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+        for part in (head, *parts):
+            writer.write(part)
+            await writer.drain()
+        if timeout is None:
+            writer.close()
+
+    async def talk():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+        load = Load(["x"], timeout=timeout)
+        (sample,) = await run(address, load)
+        server.close()
+        return sample
+
+    return asyncio.run(talk())
+
+
+def said(text: str) -> bytes:
+    return json.dumps({"choices": [{"delta": {"content": text}}]}).encode()
+
+
+DIALECTS = {
+    "plain": (b"data: ", b"\n\n"),
+    "no space": (b"data:", b"\n\n"),
+    "carriage returns": (b"data: ", b"\r\n\r\n"),
+    "comments": (b": ping\n\ndata: ", b"\n\n: ping\n\n"),
+    "a comment inside": (b": ping\ndata: ", b"\n\n"),
+    "other fields": (b"event: message\nid: 7\ndata: ", b"\nretry: 5\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_server_sent_events_in_every_dialect(name):
+    before, after = DIALECTS[name]
+    parts = [before + event + after for event in (said("a\u2028"), said("b"), b"[DONE]")]
+    for whole in (parts, [bytes([byte]) for byte in b"".join(parts)]):
+        sample = answer_of(whole)
+        assert (sample.text, sample.error, len(sample.gaps)) == ("a\u2028b", None, 1)
+    lines = said("a").replace(b": [", b":\ndata: [")
+    assert answer_of([b"data: " + lines + b"\n\n", b"data: [DONE]\n\n"]).text == "a"
+
+
+def test_a_server_that_falls_silent_is_given_up():
+    sample = answer_of([b"data: " + said("a") + b"\n\n", b": ping\n\n"], timeout=0.5)
+    assert sample.text == "a" and sample.error == "no end after 0.5 seconds"
+    assert summarize([sample]).failed == 1

@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from retort import cli
 from retort.batch.output import OutputFile
@@ -148,6 +150,44 @@ def test_answers_to_other_prompts_are_not_taken_for_these(run, tmp_path):
         code, _, said = run([rows[0], {"prompt": "another"}, rows[2]], *flags)
         assert code == 2 and "line 2" in said and "to another prompt" in said.splitlines()[-1]
         assert out.read_bytes() == before
+
+
+def test_a_batch_is_resumed_for_the_same_bodies_only(run, tmp_path):
+    rows, out = [batch(0, temperature=0), batch(1, max_tokens=-1)], tmp_path / "out.jsonl"
+    _, whole, _ = run(rows)
+    before = out.read_bytes()
+    assert run(rows)[1] == whole and out.read_bytes() == before
+    for other in ([rows[0], batch(1, max_tokens=2)], [batch(0, temperature=1), rows[1]]):
+        code, _, said = run(other)
+        assert code == 2 and "to another prompt" in said.splitlines()[-1]
+        assert out.read_bytes() == before
+
+
+def test_a_run_goes_on_with_the_same_model_wherever_it_lies(run, folder, tmp_path):
+    rows, out, source = prompts(4), tmp_path / "out.jsonl", tmp_path / "in.jsonl"
+    _, whole, _ = run(rows[:2])
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["-i", str(source), "-o", str(out), *FIXED]
+    moved = shutil.copytree(folder, tmp_path / "moved" / folder.name)
+    assert cli.run(["generate", str(moved), *command]) == 0
+    before = out.read_bytes()
+    assert [json.loads(line) for line in before.splitlines()][:2] == whole
+    assert before.count(b"\n") == 4
+
+
+def test_a_model_that_was_trained_further_is_another(run, folder, tmp_path, capfd):
+    rows, out, source = prompts(2), tmp_path / "out.jsonl", tmp_path / "in.jsonl"
+    run(rows)
+    before = out.read_bytes()
+    other = shutil.copytree(folder, tmp_path / "other" / folder.name)
+    weights = load_file(other / "model.safetensors")
+    name = sorted(weights)[0]
+    save_file(
+        {**weights, name: weights[name] * 1.01}, other / "model.safetensors", {"format": "pt"}
+    )
+    code = cli.run(["generate", str(other), "-i", str(source), "-o", str(out), *FIXED])
+    assert code == 2 and out.read_bytes() == before
+    assert "was begun with model='tiny " in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_two_runs_never_share_an_output(tmp_path):

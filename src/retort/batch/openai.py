@@ -9,13 +9,13 @@ import asyncio
 import json
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 import retort
-from retort.batch.rows import Answer, BadLine, Item, Part, key
+from retort.batch.rows import Answer, BadLine, Item, Part, asked, key
 from retort.decode.engine import Engine
 from retort.decode.request import RequestOutput
 from retort.serve.answers import Formatter
@@ -31,6 +31,24 @@ _KINDS: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/completions": CompletionRequest,
 }
 _ROWS = 1024  # most completions of one line
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an answer belongs: the line's own id, and the hash of what it asked."""
+
+    custom_id: str
+    asked: str
+
+    def row(self, status: int, body: Any) -> Answer:
+        """An output line; its id repeats what was asked."""
+        response = {"status_code": status, "request_id": f"req-{self.custom_id}", "body": body}
+        ids = {"id": f"batch-{self.asked}", "custom_id": self.custom_id}
+        return {**ids, "response": response, "error": None}
+
+    def error(self, error: ApiError) -> Answer:
+        """The output line of a request that the server would refuse."""
+        return self.row(error.status, error.body)
 
 
 class OpenAIBatch:
@@ -63,11 +81,12 @@ class OpenAIBatch:
             return BadLine(number, "has no custom_id")
         if row.get("method", "POST") != "POST" or row["url"] not in _KINDS:
             return BadLine(number, f"is not a POST to {' or '.join(_KINDS)}")
+        place = _Place(custom_id, asked(json.dumps([row["url"], row["body"]], sort_keys=True)))
         try:
             job = self._loop.run(self._job(_KINDS[row["url"]], custom_id, row["body"]))
         except ApiError as error:
-            told = _error_row(custom_id, error)
-            return Item(number, key(custom_id), [], lambda _: told, errors_are_rows=True)
+            told = place.error(error)
+            return Item(number, key(custom_id), [], lambda _: told, True, place.asked)
         parts = [
             Part(
                 add.prompt,
@@ -81,8 +100,9 @@ class OpenAIBatch:
             number,
             key(custom_id),
             parts,
-            lambda outputs: self._answer(custom_id, job, outputs),
+            lambda outputs: self._answer(place, job, outputs),
             errors_are_rows=True,
+            asked=place.asked,
         )
 
     async def _job(self, kind: Any, custom_id: str, body: Any) -> Job:
@@ -95,16 +115,16 @@ class OpenAIBatch:
             return await self._jobs.chat(spec)
         return await self._jobs.completion(spec)
 
-    def _answer(self, custom_id: str, job: Job, outputs: list[RequestOutput]) -> Answer:
+    def _answer(self, place: _Place, job: Job, outputs: list[RequestOutput]) -> Answer:
         if any(output.finish_reason == "error" for output in outputs):
-            return _error_row(custom_id, engine_fault())
+            return place.error(engine_fault())
         job.created = int(time.time())
         name = f"retort-{retort.__version__}"
         formatter = Formatter(job, self._name, self._prompts, name)
         for add, output in zip(job.adds, outputs, strict=True):
             delta = _delta(add.id, output)
             formatter.choice(delta).grow(delta)
-        return _row(custom_id, 200, msgspec.to_builtins(formatter.whole()))
+        return place.row(200, msgspec.to_builtins(formatter.whole()))
 
 
 def _delta(request_id: str, output: RequestOutput) -> Delta:
@@ -117,12 +137,3 @@ def _delta(request_id: str, output: RequestOutput) -> Delta:
         finish=output.finish_reason,
         stats=replace(output.stats),
     )
-
-
-def _row(custom_id: str, status: int, body: Any) -> Answer:
-    response = {"status_code": status, "request_id": f"req-{custom_id}", "body": body}
-    return {"id": f"batch-{custom_id}", "custom_id": custom_id, "response": response, "error": None}
-
-
-def _error_row(custom_id: str, error: ApiError) -> Answer:
-    return _row(custom_id, error.status, error.body)

@@ -169,9 +169,9 @@ def _known(path: Path, number: int, line: bytes) -> dict[str, str]:
     try:
         row = json.loads(line)
         if "custom_id" in row:
-            return {key(row["custom_id"]): ""}
+            return {key(row["custom_id"]): row["id"].removeprefix("batch-")}
         return {key(row["id"]): asked(row["prompt"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigurationError(
             f"{path} line {number} is not an output row: name another --output, or begin anew "
             "with --overwrite"

@@ -37,7 +37,7 @@ class Item:
         parts: what the engine is asked for; none where the answer is known already.
         answer: makes the output row.
         errors_are_rows: a failure is told in the output row, as OpenAI's format does.
-        asked: hash of the prompt, which the answer repeats; empty where it does not.
+        asked: hash of what is asked, which the answer repeats.
     """
 
     number: int

@@ -58,6 +58,7 @@ class Load:
         model: its name, where the server wants one.
         extra: more fields of every request.
         seed: of the arrivals.
+        timeout: seconds until a request that has not ended is given up and counts as failed.
     """
 
     prompts: Sequence[str]
@@ -67,6 +68,7 @@ class Load:
     model: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    timeout: float | None = None
 
     def arrivals(self) -> list[float]:
         """Seconds from the start to each request, ascending."""
@@ -99,7 +101,7 @@ async def run(
 
     async def client(at: float, prompt: str) -> Sample:
         await asyncio.sleep(at - (time.perf_counter() - start))
-        sample = await ask(address, path, load.body(prompt), start)
+        sample = await ask(address, path, load.body(prompt), start, load.timeout)
         on_done(sample)
         return sample
 
@@ -107,7 +109,9 @@ async def run(
     return list(await asyncio.gather(*(client(at, prompt) for at, prompt in pairs)))
 
 
-async def ask(address: Address, path: str, body: dict[str, Any], start: float) -> Sample:
+async def ask(
+    address: Address, path: str, body: dict[str, Any], start: float, timeout: float | None = None
+) -> Sample:
     """One streamed request; ``start`` is the run's, by `time.perf_counter`."""
     began = time.perf_counter()
     sample, before = Sample(sent=began - start), began
@@ -126,7 +130,7 @@ async def ask(address: Address, path: str, body: dict[str, Any], start: float) -
         if usage := event.get("usage"):
             _count(sample, usage)
 
-    sample.error = await post(address, path, body, take)
+    sample.error = await post(address, path, body, take, timeout)
     sample.last = time.perf_counter() - began
     return sample
 

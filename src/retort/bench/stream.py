@@ -7,6 +7,7 @@ over the events keep it from being what is measured.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ import msgspec
 from retort.errors import ConfigurationError
 
 OnEvent = Callable[[dict[str, Any]], None]
+
+_BLANK = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,17 @@ class Address:
         return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-async def post(address: Address, path: str, body: dict[str, Any], on_event: OnEvent) -> str | None:
+async def post(
+    address: Address,
+    path: str,
+    body: dict[str, Any],
+    on_event: OnEvent,
+    timeout: float | None = None,
+) -> str | None:
     """Send a request and hand over its events as they arrive.
+
+    Args:
+        timeout: seconds until an answer that has not ended is given up; None waits for ever.
 
     Returns:
         None, or what went wrong: the server's error, or how the connection failed.
@@ -70,12 +82,15 @@ async def post(address: Address, path: str, body: dict[str, Any], on_event: OnEv
     reading = _Reading(on_event)
     writer: asyncio.StreamWriter | None = None
     try:
-        reader, writer = await asyncio.open_connection(
-            address.host, address.port, ssl=True if address.tls else None
-        )
-        writer.write(address.request(path, msgspec.json.encode(body)))
-        while data := await reader.read(65536):
-            reading.feed(data)
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection(
+                address.host, address.port, ssl=True if address.tls else None
+            )
+            writer.write(address.request(path, msgspec.json.encode(body)))
+            while data := await reader.read(65536):
+                reading.feed(data)
+    except TimeoutError:
+        return f"no end after {timeout:g} seconds"
     except (OSError, httptools.HttpParserError, msgspec.DecodeError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -106,11 +121,13 @@ class _Reading:
         self.body += data
         if self.parser.get_status_code() != 200:
             return
-        *whole, self.body = self.body.split(b"\n\n")
+        *whole, self.body = _BLANK.split(self.body)
         for part in whole:
-            self._event(part.removeprefix(b"data: "))
+            self._event(_data(part))
 
     def _event(self, data: bytes) -> None:
+        if not data:  # a comment, such as those that keep a connection alive
+            return
         if data == b"[DONE]":
             self.done = True
             return
@@ -126,3 +143,9 @@ class _Reading:
         if status != 200:
             return f"HTTP {status}: {self.body.decode('utf-8', 'replace')[:300]}"
         return self.failed or (None if self.done else "the stream ended before its end")
+
+
+def _data(event: bytes) -> bytes:
+    """The data lines of a server-sent event; comments and other fields say nothing here."""
+    lines = (line for line in event.splitlines() if line.startswith(b"data:"))
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines)

@@ -117,17 +117,18 @@ def _open(path: Path) -> BinaryIO:
 @contextmanager
 def _sink(given: Mapping[str, Any]) -> Iterator[Sink]:
     from retort.batch.output import OutputFile, StandardOutput
+    from retort.models.zoo import fingerprint
 
     path = given["output"]
     same = path.exists() and given["prompts_file"] not in (None, _STDIN)
     if same and path.samefile(given["prompts_file"]):
         raise ConfigurationError(f"--output {path} is the input")
-    resume = {name: given[name] for name in _RESUME}
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     sink: Sink
     if path == _STDIN:
         sink = StandardOutput()
     else:
+        resume = {name: given[name] for name in _RESUME} | {"model": fingerprint(given["model"])}
         sink = OutputFile(path, resume, arguments, given["overwrite"])
     try:
         yield sink

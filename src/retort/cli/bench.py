@@ -47,6 +47,9 @@ def serve(
     extra_body: Annotated[
         str, typer.Option(help="""More fields, as JSON: '{"speculation": "off"}'.""")
     ] = "{}",
+    request_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until a request counts as failed.")
+    ] = 600.0,
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file.")] = None,
     html: Annotated[Path | None, typer.Option(help="HTML report.")] = None,
@@ -79,7 +82,8 @@ def _serve(given: dict[str, Any]) -> int:
     texts = read_prompts(given["prompts"], given["num_prompts"])
     names = ("max_tokens", "chat", "model", "seed")
     options = {name: given[name] for name in names}
-    load = Load(texts, given["request_rate"], **options, extra=_fields(given["extra_body"]))
+    options |= {"extra": _fields(given["extra_body"]), "timeout": given["request_timeout"]}
+    load = Load(texts, given["request_rate"], **options)
     say(f"{len(texts)} requests to {given['base_url']}, {given['request_rate']:g} a second")
     samples = asyncio.run(run(address, load))
     summary = summarize(samples)

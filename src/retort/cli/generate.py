@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from retort.decode.engine import Engine
     from retort.decode.request import RequestOutput, SamplingParams
 
-_RESUME = ("model", "chat", "max_new_tokens", "dtype")  # what changes rows
+_RESUME = ("chat", "max_new_tokens", "dtype")  # what changes rows, beside the model's files
 
 
 def add_to(app: typer.Typer) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from retort.errors import ConfigurationError
 from retort.evaluate.significance import paired_bootstrap
-from retort.manifest import sha256
+from retort.manifest import model_hashes, sha256
 from retort.provenance import Provenance, write_json
 from retort.train.rows import read_jsonl
 
@@ -94,7 +94,7 @@ def cell_hash(model: Path, data: Path, teacher: Path | None, settings: Evaluatio
     """Hash of everything that a cell depends on."""
     parts: dict[str, Any] = {"data": sha256(data), "settings": asdict(settings), "version": 1}
     for name, folder in ("model", model), ("teacher", teacher):
-        parts[name] = None if folder is None else _folder_hash(folder)
+        parts[name] = None if folder is None else model_hashes(folder)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -158,19 +158,3 @@ def _compared(run: str, dataset: str, metric: str, base: list, ours: list) -> Co
     better = (result.difference > 0) != (metric in LOWER_IS_BETTER)
     verdict = ("better" if better else "worse") if result.separable else "not separable"
     return Comparison(run, dataset, metric, result.difference, result.low, result.high, verdict)
-
-
-def _folder_hash(folder: Path) -> dict[str, str]:
-    """Hashes of what decides a model's texts: weights, configuration, tokenizer."""
-    kept = (".safetensors", ".json", ".jinja", ".model", ".txt")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in kept)
-    skipped = (
-        "provenance",
-        "trainer_state",
-        "corrections",
-        "evaluation",
-        "retort_",
-        ".",
-        "samples",
-    )
-    return {p.name: sha256(p) for p in files if not p.name.startswith(skipped)}

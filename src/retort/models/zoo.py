@@ -8,6 +8,8 @@ once; torch is loaded only when weights are.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import os
 import re
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retort.errors import ConfigurationError, RetortError
-from retort.manifest import first_fault
+from retort.manifest import first_fault, model_hashes
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +122,20 @@ def locate(name_or_path: str | os.PathLike[str], say: Say | None = None) -> str:
     if name in ENTRIES or _local_folder(name) is not None:
         return str(resolve(name, say))
     return _require_hub_id(name)
+
+
+def fingerprint(name_or_path: str | os.PathLike[str]) -> str:
+    """A model's name and a hash of the files that decide its texts.
+
+    A hub model that is not on this machine yet has its name only.
+    """
+    where = locate(name_or_path)
+    folder = Path(where) if os.path.isdir(where) else _in_hub_cache(where)
+    if folder is None:
+        return where
+    name = folder.resolve().name if os.path.isdir(where) else where
+    hashes = json.dumps(model_hashes(folder), sort_keys=True)
+    return f"{name} {hashlib.sha256(hashes.encode()).hexdigest()[:16]}"
 
 
 def load_model(
