@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from retort.distill.batch import Batch
+from retort.distill.batch import Batch, sequence_slices
 from retort.distill.capture import FORMAT, PROGRESS, Rows, data_hash, digest
 from retort.distill.config import DistillConfig
 from retort.distill.losses import IGNORED
@@ -21,6 +21,7 @@ from retort.distill.teachers import AdapterOffTeacher, Teacher
 from retort.errors import ConfigurationError
 from retort.manifest import first_fault, read_manifest
 
+_READ = ("input_ids", "attention_mask", "position_ids", "targets")
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 
 
@@ -155,13 +156,17 @@ def build_teacher(config: DistillConfig, model: Any, student: Any) -> Any:
 
 
 def _names(batch: Batch, mask: Tensor) -> list[bytes]:
-    """`digest` of every row that has a position in ``mask``; a row is a prompt and a completion."""
+    """`digest` of every sequence that has a position in ``mask``: a prompt and a completion."""
     names = []
-    ids, targets = batch["input_ids"].cpu(), batch["targets"].cpu()
-    for row in mask.any(1).nonzero()[:, 0].tolist():
-        completion = targets[row][targets[row] != IGNORED].tolist()
-        first = int((targets[row] != IGNORED).nonzero()[0])
-        names.append(digest(ids[row, : first + 1].tolist(), completion))
+    parts = {name: batch[name].cpu() for name in _READ if name in batch}
+    wanted = mask.cpu()
+    for row, place in sequence_slices(parts):
+        if not wanted[row, place].any():
+            continue
+        targets = parts["targets"][row, place]
+        counted = (targets != IGNORED).nonzero()[:, 0]
+        prompt = parts["input_ids"][row, place][: int(counted[0]) + 1]
+        names.append(digest(prompt.tolist(), targets[counted].tolist()))
     return names
 
 

@@ -91,6 +91,11 @@ class DistillConfig(TrainingArguments):
         1024, "Most tokens of prompt + completion; longer completions are cut, prompts refused."
     )
 
+    packing: bool = say(
+        False,
+        "Several examples of a batch in one row of at most max_length tokens (no student text).",
+    )
+
     # Sequences
     max_completion_length: int = say(512, "N: most tokens that the student writes.")
     lmbda: float | str | None = say(
@@ -235,6 +240,12 @@ class DistillConfig(TrainingArguments):
             raise ConfigurationError(
                 f"completion_only_loss=False contradicts method={self.method!r}: text that is "
                 "written after a prompt has a prompt that is not learned"
+            )
+        if self.packing and recipe.writes:
+            raise ConfigurationError(
+                f"packing=True contradicts method={self.method!r} with lmbda={recipe.lmbda}: rows "
+                "are packed from text that was there before the step, and the student writes its "
+                "text within it; set lmbda to 0, or leave packing out"
             )
         fault = contradiction(recipe) or self._schedule_fault()
         if fault is not None:

@@ -28,10 +28,21 @@ class HeadlessModel:
         self.module: nn.Module | None = module
         self.head: Head = module if module is not None and self.plain else _identity
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, through: Any = None) -> Tensor:
-        """Hidden states of a right-padded batch; ``through`` is the model as it is wrapped."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        through: Any = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of a right-padded batch; ``through`` is the model as it is wrapped.
+
+        ``positions`` int64 ``[R, T]`` take the mask's place where rows are packed (`packing`).
+        """
         call = self.model if through is None else through
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        packed = positions is not None
+        inputs |= {"position_ids": positions} if packed else {"attention_mask": attention_mask}
         if not self.plain or self.module is None:
             return call(**inputs).logits
         with _watched(self.module, narrow=True) as seen:

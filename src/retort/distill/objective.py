@@ -100,7 +100,8 @@ class Objective:
         ``through`` is the student as accelerate wrapped it; ``streams`` are the training's by
         default.
         """
-        hidden = student.hidden(batch["input_ids"], batch["attention_mask"], through)
+        places = batch.get("position_ids")
+        hidden = student.hidden(batch["input_ids"], batch["attention_mask"], through, places)
         found: dict[str, TermSum] = {}
         for stream in self.streams if streams is None else streams:
             mask = stream_mask(batch, stream.name)

@@ -40,10 +40,11 @@ class Teacher:
         """
         rows = mask.any(1)
         ids, attention = batch["input_ids"][rows], batch["attention_mask"][rows]
+        positions = batch["position_ids"][rows] if "position_ids" in batch else None
         if not len(ids):
             return HeadSignal(self._nothing(), self.headless.head)
         started = perf_counter()
-        hidden = self.headless.hidden(ids, attention)
+        hidden = self.headless.hidden(ids, attention, positions=positions)
         self.seconds += perf_counter() - started
         return HeadSignal(hidden[mask[rows]], self.headless.head)
 

@@ -30,6 +30,7 @@ from retort.distill.data import Encoding, Example, collate, end_tokens, tokenize
 from retort.distill.hidden import HeadlessModel
 from retort.distill.init import build_student, disable_dropout
 from retort.distill.objective import Objective
+from retort.distill.packing import require_packing
 from retort.distill.records import DistillLog, correction_record
 from retort.distill.sequences.sources import Sources, source_shares
 from retort.distill.sequences.teacher_text import TeacherTexts
@@ -100,6 +101,10 @@ class DistillTrainer(WholeCheckpointTrainer):
         if isinstance(self.teacher, CapturedTeacher):
             self.teacher.check(tokenizer, self.train_dataset, self.eval_dataset, args.dataset_name)
         self.student = HeadlessModel(self._bare_student())
+        if args.packing:
+            require_packing(self.student, "student")
+            if (live := getattr(self.teacher, "live", self.teacher)) is not None:
+                require_packing(live.headless, "teacher")
         self.objective: Objective = Objective(args, tokenizer, args.device)
         self.sources = self._build_sources()
         self.meter, self.eval_meter = metrics.Meter(), metrics.Meter()
@@ -239,9 +244,9 @@ class DistillTrainer(WholeCheckpointTrainer):
 
     def _batch(self, sequences: list[TrainingSequence]) -> Batch:
         pad = self.tokens.pad_token_id
-        return build_batch(
-            sequences, self.end_tokens[0] if pad is None else pad, self.objective.tagger
-        )
+        pad = self.end_tokens[0] if pad is None else pad
+        size = self.max_length if self.config.packing else None
+        return build_batch(sequences, pad, self.objective.tagger, size)
 
     def _global_counts(self, batches: list[Batch]) -> dict[str, float]:
         counts = metrics.Meter()
