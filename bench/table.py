@@ -11,7 +11,7 @@ from pathlib import Path
 
 HEAD = (
     "| batch | arm | tokens/s | ratio [95 %] | tokens a step | padding | accepted / drafted "
-    "| prompts, s | equal |\n|---|---|---|---|---|---|---|---|---|"
+    "| rows drafted for | equal |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -44,12 +44,23 @@ def title(record: dict, category: str, results: list[dict]) -> str:
     )
 
 
+def _batch(row: dict) -> str:
+    """With the number of prompts where some had to wait for a place."""
+    size, prompts = row["batch_size"], row.get("prompts", row["batch_size"])
+    return f"{size}" if prompts == size else f"{size} of {prompts}"
+
+
+def _drafted(row: dict) -> str:
+    """Older files do not know."""
+    return f"{row['drafted_rows']} of {row['prompts']}" if "drafted_rows" in row else ""
+
+
 def line(row: dict) -> str:
     interval = f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
     return (
-        f"| {row['batch_size']} | {row['arm']} | {row['tokens_per_second']:.0f} | {interval} "
+        f"| {_batch(row)} | {row['arm']} | {row['tokens_per_second']:.0f} | {interval} "
         f"| {row['tokens_per_step']:.2f} | {row['padding_share']:.0%} "
-        f"| {row['accepted_tokens']} / {row['draft_tokens']} | {row['prefill_seconds']:.2f} "
+        f"| {row['accepted_tokens']} / {row['draft_tokens']} | {_drafted(row)} "
         f"| {'yes' if row['equal_to_plain'] else 'no'} |"
     )
 

@@ -19,6 +19,7 @@ def folder(tmp_path_factory):
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     texts = [("long", "one two three one two three one two"), ("long", "a b"), ("short", "c")]
+    texts += [("short", "d")]
     path.write_text("".join(json.dumps({"category": c, "prompt": t}) + "\n" for c, t in texts))
     return path
 
@@ -26,18 +27,24 @@ def prompts(tmp_path):
 def bench(folder, prompts, out, *flags):
     given = ["--prompts", str(prompts), "--model", str(folder), "--output", str(out)]
     few = ["--max-new-tokens", "6", "--repeats", "2", "--prompt-tokens", "60", "--threads", "1"]
-    return cli.run(["bench", "decode", *given, *few, *flags])
+    return cli.run(["bench", "decode", *given, *few, "--batch-sizes", "1", *flags])
 
 
 def test_every_arm_decodes_the_same_tokens(folder, prompts, tmp_path):
     out = tmp_path / "r.json"
     chosen = ["plain", "auto", "padded k=7", "hopeless", "hopeless model", *arms.TRANSFORMERS[:2]]
-    flags = ["--category", "long", "short", "--batch-sizes", "1", "2", "--arms", *chosen]
+    sizes = ["--batch-sizes", "1", "2", "--num-prompts", "2"]
+    flags = ["--category", "long", "short", *sizes, "--arms", *chosen]
     assert bench(folder, prompts, out, *flags) == 0
     data = json.loads(out.read_text())
     assert [r["arm"] for r in data["results"][: len(chosen)]] == chosen
     assert len(data["results"]) == 4 * len(chosen)
     assert all(r["equal_to_plain"] for r in data["results"])
+    assert [(r["batch_size"], r["prompts"]) for r in data["results"][:: len(chosen)]] == [
+        (1, 2), (2, 2), (1, 2), (2, 2),
+    ]  # fmt: skip
+    drafted = {r["arm"]: r["drafted_rows"] for r in data["results"] if r["category"] == "short"}
+    assert drafted["plain"] == 0 and drafted["padded k=7"] > 0
     assert {r["category"] for r in data["results"]} == {"long", "short"}
     page = out.with_suffix(".html").read_text()
     assert page.count("<section") == 2 and "http" not in page.replace("http://www.w3.org", "")
@@ -50,6 +57,9 @@ def test_every_arm_decodes_the_same_tokens(folder, prompts, tmp_path):
         (["--category", "lung"], "no prompts of category"),
         (["--prompt-tokens", "2"], "leaves no room"),
         (["--openvino", "python"], "go together"),
+        (["--category", "short", "--batch-sizes", "3"], "has 2 prompts of category 'short' and 3"),
+        (["--batch-sizes", "1", "3", "--num-prompts", "2"], "none below it"),
+        (["--batch-sizes", "1", "3", "--num-prompts", "2", "3", "3"], "one for each"),
     ],
 )
 def test_what_is_not_there_is_named(folder, prompts, tmp_path, capsys, flags, said):

@@ -9,9 +9,11 @@ from retort.decode.budget import AutoBudget, Candidate, FixedBudget, build_budge
 from retort.decode.cost import PassCost, StepCost
 from retort.decode.draft import DraftContext
 from retort.decode.drafter import PromptLookupDrafter
+from retort.decode.engine import Engine
 from retort.decode.request import Request, SamplingParams
 from retort.decode.stopping import TextBuffer, extend
 from retort.errors import ConfigurationError
+from tests.decode.toys import toy
 
 
 def _request(name, prompt, new=10, **options):
@@ -79,6 +81,41 @@ def test_rows_that_accept_more_get_more_and_hopeless_rows_get_none():
     good, bad = _give(budget, ["good", "bad"], [7, 7])
     assert good >= 4 and bad == 0
     assert _give(budget, ["good"], [2]) == [2]
+
+
+def test_where_all_rows_are_waited_for_the_last_one_is_drafted_for():
+    """A verified token costs what a decoded one does, and a pass of one row nearly as much as
+    one of four: only what ends the last row earlier saves time."""
+
+    def give(*left, prior=0.6):
+        budget = _budget(1, 0.1, prior=prior)
+        return budget.allocate([Candidate(str(i), "d", 7, left=n) for i, n in enumerate(left)])
+
+    assert give(None, None, None, None, prior=0.8) == give(40, 40, 40, 40, prior=0.8)
+    assert sum(give(40, 40, 40, 40, prior=0.8)) > 0
+    lagging = give(10, 40, 10, 10)
+    assert lagging[1] >= 2 and sum(lagging) == lagging[1]
+    assert give(0, 0) == give(None, None)
+
+
+def test_a_batch_that_is_waited_for_tells_what_is_left_and_a_queue_does_not(monkeypatch):
+    seen = []
+    inner = AutoBudget.allocate
+
+    def spy(self, candidates):
+        seen.append([c.left for c in candidates])
+        return inner(self, candidates)
+
+    monkeypatch.setattr(AutoBudget, "allocate", spy)
+    with Engine(toy(eos_token_id=None), drafter="prompt-lookup", max_batch_size=2) as engine:
+        engine.generate([[5, 6, 7]] * 2, max_new_tokens=4)
+        assert seen[0] == [3, 3]
+        seen.clear()
+        engine.generate([[5, 6, 7]] * 3, max_new_tokens=4)
+        assert seen[0] == [None, None] and seen[-1] == [1]
+        seen.clear()
+        list(engine.stream([[5, 6, 7]] * 2, max_new_tokens=4))
+        assert {n for step in seen for n in step} == {None}
 
 
 def test_a_slow_drafter_is_not_asked():

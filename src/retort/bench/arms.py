@@ -16,7 +16,7 @@ from torch import Tensor
 from retort.decode.draft import DraftContext
 from retort.decode.engine import Engine
 from retort.decode.padded import PaddedEngine
-from retort.evaluate.decoding import Arm, Measurement, Tokens
+from retort.evaluate.decoding import Arm, Measurement, Tokens, grouped_arm
 
 LOOKUP = "prompt-lookup"
 
@@ -49,6 +49,7 @@ def hopeless_model(target: Any) -> Any:
 Options = dict[str, Any]
 ENGINES: dict[str, tuple[type[Engine], Options]] = {
     "plain": (Engine, {}),
+    "plain again": (Engine, {}),  # how far two equal arms lie apart
     "plain fp32 weights": (Engine, {"weight_storage": "float32"}),
     "plain torch": (Engine, {"cpu_backend": "torch"}),
     "auto": (Engine, {"drafter": LOOKUP}),
@@ -104,7 +105,7 @@ def transformers_arm(model: Any, name: str) -> Arm:
         rows = [_cut(row, model) for row in rows]
         return Measurement(rows, sum(map(len, rows)) - len(rows), total - first, total)
 
-    return run
+    return grouped_arm(run)
 
 
 def openvino_arm(python: str, folder: str, threads: int, mode: str) -> Arm:
@@ -122,7 +123,7 @@ def openvino_arm(python: str, folder: str, threads: int, mode: str) -> Arm:
         sink.flush()
         return Measurement(**json.loads(source.readline()))
 
-    return run
+    return grouped_arm(run)
 
 
 def _timed(

@@ -40,6 +40,7 @@ def run(options: Namespace) -> None:
     """
     if bool(options.openvino) != bool(options.openvino_model):
         raise ConfigurationError("--openvino and --openvino-model go together")
+    options.num_prompts = _counts(options)
     options.threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(options.threads)
     tokenizer = zoo.load_tokenizer(options.model)
@@ -58,7 +59,7 @@ def _arms(options: Namespace) -> dict[str, Arm]:
         raise ConfigurationError(f"--arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
     load = partial(zoo.load_model, options.model, dtype="float32")
     size = max(options.batch_sizes)
-    kept = 4 * size * options.prompt_tokens if options.keep_prefixes else 0
+    kept = 4 * max(options.num_prompts) * options.prompt_tokens if options.keep_prefixes else 0
     arms = {
         name: engine_arm(build_engine(load(), name, size, kept))
         if name in ENGINES
@@ -75,13 +76,26 @@ def _rows(
     arms: dict[str, Arm], sets: dict[str | None, Prompts], options: Namespace
 ) -> Iterator[dict[str, Any]]:
     for category, prompts in sets.items():
-        for size in options.batch_sizes:
+        for size, count in zip(options.batch_sizes, options.num_prompts, strict=True):
             probe = bandwidth()
             print(f"{category or 'all'}, batch {size}, {probe:.0f} GB/s", file=sys.stderr)
             told = {"category": category, "bandwidth": probe}
-            for result in compare(arms, prompts[:size], options.max_new_tokens, options.repeats):
+            how = (options.max_new_tokens, options.repeats, options.warmup, size)
+            for result in compare(arms, prompts[:count], *how):
                 print(_line(result), flush=True)
                 yield result.as_dict() | told
+
+
+def _counts(options: Namespace) -> list[int]:
+    """How many prompts to decode at each batch size."""
+    sizes, counts = options.batch_sizes, options.num_prompts or options.batch_sizes
+    if len(counts) == 1:
+        counts = counts * len(sizes)
+    if len(counts) != len(sizes) or any(n < size for n, size in zip(counts, sizes, strict=True)):
+        raise ConfigurationError(
+            "--num-prompts takes one number, or one for each of --batch-sizes and none below it"
+        )
+    return list(counts)
 
 
 def _prompts(options: Namespace, tokenizer: Any, category: str | None) -> Prompts:
@@ -92,7 +106,12 @@ def _prompts(options: Namespace, tokenizer: Any, category: str | None) -> Prompt
         raise ConfigurationError(
             f"{options.prompts} has no prompts of category {category!r}; it has {', '.join(known)}"
         )
-    count = max(options.batch_sizes)
+    count = max(options.num_prompts)
+    if len(chosen) < count:
+        raise ConfigurationError(
+            f"{options.prompts} has {len(chosen)} prompts of category {category!r} and {count} are "
+            "asked for: lower --batch-sizes or --num-prompts"
+        )
     return [_chat(tokenizer, _text(options, row), options.prompt_tokens) for row in chosen[:count]]
 
 
@@ -135,6 +154,7 @@ def _line(result: ArmResult) -> str:
         f"{result.batch_size:3} {result.arm:22} {result.tokens_per_second:7.1f} tokens/s "
         f"{result.tokens_per_step:5.2f} a step  ratio {result.ratio:.2f} "
         f"[{result.ratio_low:.2f}, {result.ratio_high:.2f}]  padding {result.padding_share:4.0%}  "
-        f"accepted {result.accepted_tokens}/{result.draft_tokens}  "
+        f"accepted {result.accepted_tokens}/{result.draft_tokens} "
+        f"on {result.drafted_rows}/{result.prompts} rows  "
         f"prompts {result.prefill_seconds:.2f} s  equal {result.equal_to_plain}"
     )

@@ -17,9 +17,14 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m-instruct", help="zoo name, hub id or folder")
     add("--arms", nargs="+", default=["plain", "auto"], metavar="ARM", help="see docs/speed.md")
     add("--batch-sizes", nargs="+", type=_positive, default=[1, 4, 8, 16])
+    add(
+        "--num-prompts", nargs="+", type=_positive,
+        help="prompts decoded at each batch size, through as many places; default the size itself",
+    )  # fmt: skip
     add("--prompt-tokens", type=_positive, default=400, help="longest prompt")
     add("--max-new-tokens", type=_positive, default=128)
     add("--repeats", type=_positive, default=5, help="interleaved rounds")
+    add("--warmup", type=int, choices=(0, 1, 2), default=1, help="rounds before that do not count")
     add("--keep-prefixes", action="store_true", help="read each prompt once: only decoding counts")
     add("--threads", type=_positive, help="default: all that torch takes")
     add("--openvino", help="Python of an environment with openvino-genai")

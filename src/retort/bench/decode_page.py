@@ -18,6 +18,7 @@ _HEAD = (
     "a step",
     "padding",
     "accepted",
+    "rows drafted for",
     "prompts s",
     "equal",
 )
@@ -68,6 +69,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['tokens_per_step']:.2f}",
         f"{row['padding_share']:.0%}",
         f"{row['accepted_tokens']} / {row['draft_tokens']}",
+        f"{row['drafted_rows']} of {row['prompts']}",
         f"{row['prefill_seconds']:.2f}",
         "yes" if row["equal_to_plain"] else "no",
     )

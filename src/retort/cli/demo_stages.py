@@ -269,10 +269,9 @@ class Demo:
                 engine_class = PaddedEngine if name.startswith("padded") else Engine
                 engine = engine_class(self.teacher, self.tokenizer, max_batch_size=8, **options)
                 runs[name] = engine_arm(stack.enter_context(engine))
-            rows = [
-                _row(result)
-                for result in compare(runs, prompts, self.size.decode_tokens, rounds, warmup=0)
-            ]
+            how = {"warmup": 0, "batch_size": min(len(prompts), 8)}
+            results = compare(runs, prompts, self.size.decode_tokens, rounds, **how)
+            rows = [_row(result) for result in results]
         for row in rows:
             say(_arm_line(row))
         return rows

@@ -29,6 +29,8 @@ class Candidate:
         wanted: the longest draft that it could use.
         passes: the draft is yet to be made by passes of a model, so that its time counts.
         match: on how many tokens of the row's end a copied draft rests; 0 where none was copied.
+        left: tokens that the row may still get, where all rows are waited for together and no
+            other row waits for a place; None where every row's tokens are worth the same.
     """
 
     row: str
@@ -36,6 +38,7 @@ class Candidate:
     wanted: int = 0
     passes: bool = False
     match: int = 0
+    left: int | None = None
 
 
 class DraftBudget(Protocol):
@@ -108,15 +111,18 @@ class AutoBudget:
     credit_steps: float = 8.0
     draft_seconds: dict[str, float] = field(default_factory=dict)
     _credit: float | None = field(default=None, repr=False)
-    _worth: float = field(default=0.0, repr=False)
+    _worth: dict[str, float] = field(default_factory=dict, repr=False)
 
     def allocate(self, candidates: Sequence[Candidate]) -> list[int]:
         """Best prefix of all draft positions, sorted by the probability that they survive."""
         plain = self.cost.seconds(len(candidates))
-        self._accrue(plain, plain / max(len(candidates), 1))
+        shares = worth(candidates, plain, self.cost.seconds(1))
+        each = plain / max(len(candidates), 1)
+        self._worth = {c.row: each * s for c, s in zip(candidates, shares, strict=True)}
+        self._accrue(plain)
         gains = sorted(
-            (-survival, depth, i)
-            for i, c in enumerate(candidates)
+            (-survival * share, depth, i)
+            for i, (c, share) in enumerate(zip(candidates, shares, strict=True))
             for depth, survival in enumerate(self._survival(c), 1)
         )
         best, seconds = self._best_prefix(candidates, gains)
@@ -132,7 +138,7 @@ class AutoBudget:
         """Learn from each position that was judged; accepted tokens earn what they saved."""
         self.acceptance.observe(row, drafter, match, drafted, accepted)
         if self._credit is not None:
-            self._credit += accepted * self._worth
+            self._credit += accepted * self._worth.get(row, 0.0)
 
     def time_step(self, rows: int, tokens: int, seconds: float) -> None:
         """Learn what a pass takes; drafts that cost more than was paid for are paid now."""
@@ -178,11 +184,11 @@ class AutoBudget:
     def _draft_seconds(self, drafter: str) -> float:
         return self.draft_seconds.get(drafter, 0.0)
 
-    def _accrue(self, plain: float, worth: float) -> None:
+    def _accrue(self, plain: float) -> None:
         """Another step's share of time to lose, up to ``credit_steps`` plain steps."""
         most = self.credit_steps * plain
         credit = most if self._credit is None else self._credit + self.exploring * plain
-        self._credit, self._worth = min(credit, most), worth
+        self._credit = min(credit, most)
 
     def _spend(self, seconds: float) -> bool:
         """Pay for a draft before it is verified; no when the credit is used up."""
@@ -190,6 +196,28 @@ class AutoBudget:
             return False
         self._credit -= seconds
         return True
+
+
+def worth(candidates: Sequence[Candidate], together: float, alone: float) -> list[float]:
+    """What an accepted token of each row is worth, relative to a token of a plain pass.
+
+    Where rows come and go, or each has a reader of its own, all are worth 1. Where the batch is
+    waited for as a whole, a row that ends before others leaves only the small difference between
+    a pass with it and one without, and only the last one saves whole passes. Which row will be
+    last is guessed from what each has left [our choice: in proportion to its 8th power, so that
+    equal rows are worth 1 and one with a tenth more to go about twice as much as the others].
+
+    Args:
+        together, alone: seconds of a plain pass of all these rows, and of one row.
+    """
+    count = len(candidates)
+    left = [c.left for c in candidates if c.left is not None]
+    if count < 2 or len(left) < count:
+        return [1.0] * count
+    powers = [(max(n, 1) / max(*left, 1)) ** 8 for n in left]
+    each, beside = together / count, max(together - alone, 0.0) / (count - 1)
+    last = [p / sum(powers) for p in powers]
+    return [(p * alone + (1 - p) * beside) / each for p in last]
 
 
 class CountBudget(AutoBudget):

@@ -61,18 +61,23 @@ class Drafting:
             )
         return name
 
-    def propose(self, rows: Sequence[Request]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], queued: bool = False) -> list[Draft]:
         """Drafts of the decoding rows, in order; empty where nothing is worth verifying.
 
         Drafts that cost nothing are made first; then all rows' draft positions compete for the
         step, and models draft as long as they were given.
+
+        Args:
+            rows: requests that decode.
+            queued: others wait for a place among them.
         """
         if all(row.drafter is None for row in rows):
             return [Draft() for _ in rows]
         self._profile_once()
         most = {row.id: max(min(self.budget.max_draft, row.room - 1), 0) for row in rows}
         drafts = self._ask(rows, most, passes=False)
-        lengths = self._allocate(rows, most, drafts)
+        together = not queued and all(row.together for row in rows)
+        lengths = self._allocate(rows, most, drafts, together)
         drafts |= self._ask(rows, lengths, passes=True)
         return [drafts[row.id].cut(lengths[row.id]) for row in rows]
 
@@ -111,7 +116,11 @@ class Drafting:
         return built
 
     def _allocate(
-        self, rows: Sequence[Request], most: Mapping[str, int], drafts: Mapping[str, Draft]
+        self,
+        rows: Sequence[Request],
+        most: Mapping[str, int],
+        drafts: Mapping[str, Draft],
+        together: bool,
     ) -> dict[str, int]:
         """Draft lengths by request."""
         candidates = []
@@ -119,7 +128,8 @@ class Drafting:
             passes = row.drafter is not None and self._drafters[row.drafter].passes
             wanted = most[row.id] if passes else len(drafts[row.id])
             match = 0 if passes else drafts[row.id].match
-            candidates.append(Candidate(row.id, row.drafter or "", wanted, passes, match))
+            left = row.room if together else None
+            candidates.append(Candidate(row.id, row.drafter or "", wanted, passes, match, left))
         lengths = self.budget.allocate(candidates)
         return {c.row: min(n, c.wanted) for c, n in zip(candidates, lengths, strict=True)}
 

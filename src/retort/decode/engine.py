@@ -147,6 +147,8 @@ class Engine:
             sampling: fields of `SamplingParams`, or ``params=SamplingParams(...)``.
         """
         ids = self._add_all(prompts, sampling)
+        for rid in ids:
+            self._requests[rid].together = True
         outputs: dict[str, RequestOutput] = {}
         try:
             while len(outputs) < len(ids):
@@ -300,7 +302,7 @@ class Engine:
         """Schedule, draft, forward, verify; what finishes is handed out by `step`."""
         plan = self._schedule()
         with self._clock(plan):
-            drafts = self.drafting.propose(plan.decodes)
+            drafts = self.drafting.propose(plan.decodes, queued=bool(self.scheduler.waiting))
             logits = self._forward(plan, drafts)
             self._accept(plan, drafts, logits)
         self._finished += self._retire()

@@ -116,6 +116,8 @@ def _keeps(config: Any) -> bool:
 
 def _run(engine: Engine, streamers: Sequence[Any]) -> list[RequestOutput]:
     requests = list(engine.scheduler.waiting)
+    for request in requests:
+        request.together = not streamers
     outputs: list[RequestOutput] = []
     shown = [0] * len(requests)
     for streamer, request in zip(streamers, requests, strict=False):

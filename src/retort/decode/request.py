@@ -225,6 +225,7 @@ class Request:
         prefix_group: requests share kept prefixes within one group only.
         pause: tokens after which reading the prompt stops for a moment, so that the state there
             can be kept; 0 for nowhere.
+        together: its caller waits until all requests that came with it have ended.
     """
 
     id: str
@@ -240,6 +241,7 @@ class Request:
     parked: Any = None
     prefix_group: str = ""
     pause: int = 0
+    together: bool = False
     fed: int = 0
     limit: int = 0
     tokens: list[int] = field(default_factory=list)

@@ -1,7 +1,8 @@
 """Compare ways of decoding the same prompts: interleaved repeats, ratios pair by pair.
 
-Machines drift; so every repeat runs all arms one after the other, and what is quoted is the
-median over repeats of an arm's speed divided by the baseline's of the same repeat.
+Machines drift; so every repeat runs all arms one after the other, every second one in reverse
+order, and what is quoted is the median over repeats of an arm's speed divided by the baseline's of
+the same repeat.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Measurement:
     """One arm, once: what it decoded and how fast.
 
     ``tokens`` and ``seconds`` count decoding only (passes without prompt slices); ``total_seconds``
-    is the whole call.
+    is the whole call; ``drafted_rows`` is how many rows had a draft verified.
     """
 
     token_ids: Tokens
@@ -32,9 +33,11 @@ class Measurement:
     row_steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    drafted_rows: int = 0
 
 
-Arm = Callable[[Sequence[Sequence[int]], int], Measurement]
+Arm = Callable[[Sequence[Sequence[int]], int, int], Measurement]
+"""Of prompts, most new tokens, and rows that decode at once."""
 
 
 @dataclass
@@ -43,6 +46,7 @@ class ArmResult:
 
     arm: str
     batch_size: int
+    prompts: int
     equal_to_plain: bool
     tokens: int
     row_steps: int
@@ -51,6 +55,7 @@ class ArmResult:
     padding_share: float
     draft_tokens: int
     accepted_tokens: int
+    drafted_rows: int
     prefill_seconds: float
     ratio: float
     ratio_low: float
@@ -68,22 +73,26 @@ def compare(
     max_new_tokens: int,
     repeats: int,
     warmup: int = 1,
+    batch_size: int | None = None,
 ) -> Iterator[ArmResult]:
     """Run ``arms`` interleaved; the first is the baseline that ratios and equality refer to.
 
     Args:
-        arms: name → function of (prompts, max_new_tokens).
-        prompts: token ids, decoded as one batch.
+        arms: name → function of (prompts, max_new_tokens, batch_size).
+        prompts: token ids.
         repeats: counted rounds.
         warmup: rounds that are not counted.
+        batch_size: rows that decode at once, others wait for a place; default all.
     """
+    size = len(prompts) if batch_size is None else batch_size
+    orders = (list(arms), list(reversed(arms)))
     rounds = [
-        {name: arm(prompts, max_new_tokens) for name, arm in arms.items()}
-        for _ in range(warmup + repeats)
+        {name: arms[name](prompts, max_new_tokens, size) for name in orders[i % 2]}
+        for i in range(warmup + repeats)
     ][warmup:]
     base = next(iter(arms))
     for name in arms:
-        yield _summary(name, [r[name] for r in rounds], [r[base] for r in rounds])
+        yield _summary(name, size, [r[name] for r in rounds], [r[base] for r in rounds])
 
 
 def engine_arm(engine: Any) -> Arm:
@@ -92,8 +101,8 @@ def engine_arm(engine: Any) -> Arm:
 
     from retort.decode.stats import EngineStats
 
-    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Measurement:
-        engine.stats = EngineStats()
+    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, size: int) -> Measurement:
+        engine.stats, engine.scheduler.max_batch_size = EngineStats(), size
         passes = engine.target.forward_tokens, engine.target.padding_tokens
         started = time.perf_counter()
         outputs = engine.generate([list(p) for p in prompts], max_new_tokens=max_new_tokens)
@@ -110,18 +119,38 @@ def engine_arm(engine: Any) -> Arm:
             row_steps=stats.row_steps,
             draft_tokens=stats.draft_tokens,
             accepted_tokens=stats.accepted_tokens,
+            drafted_rows=sum(o.stats.draft_tokens > 0 for o in outputs),
         )
 
     return run
 
 
-def _summary(name: str, mine: list[Measurement], base: list[Measurement]) -> ArmResult:
+def grouped_arm(arm: Callable[[Sequence[Sequence[int]], int], Measurement]) -> Arm:
+    """An arm that decodes fixed batches, one after the other."""
+
+    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, size: int) -> Measurement:
+        groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        parts = [arm(group, max_new_tokens) for group in groups]
+        return Measurement(
+            token_ids=[row for part in parts for row in part.token_ids],
+            tokens=sum(part.tokens for part in parts),
+            seconds=sum(part.seconds for part in parts),
+            total_seconds=sum(part.total_seconds for part in parts),
+        )
+
+    return run
+
+
+def _summary(
+    name: str, size: int, mine: list[Measurement], base: list[Measurement]
+) -> ArmResult:
     speeds = [m.tokens / m.seconds for m in mine]
     ratios = [s / (b.tokens / b.seconds) for s, b in zip(speeds, base, strict=True)]
     low, high = _interval(ratios)
     return ArmResult(
         arm=name,
-        batch_size=len(mine[0].token_ids),
+        batch_size=size,
+        prompts=len(mine[0].token_ids),
         equal_to_plain=all(m.token_ids == base[0].token_ids for m in mine),
         tokens=int(median(m.tokens for m in mine)),
         row_steps=int(median(m.row_steps for m in mine)),
@@ -130,6 +159,7 @@ def _summary(name: str, mine: list[Measurement], base: list[Measurement]) -> Arm
         padding_share=median(m.padding_share for m in mine),
         draft_tokens=int(median(m.draft_tokens for m in mine)),
         accepted_tokens=int(median(m.accepted_tokens for m in mine)),
+        drafted_rows=int(median(m.drafted_rows for m in mine)),
         prefill_seconds=median(m.total_seconds - m.seconds for m in mine),
         ratio=median(ratios),
         ratio_low=low,
