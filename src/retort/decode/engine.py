@@ -139,14 +139,17 @@ class Engine:
         return cls(model, tokenizer, **options)
 
     # One call for many prompts
-    def generate(self, prompts: Any, **sampling: Any) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Any, *, drafter: str | None = DEFAULT, **sampling: Any
+    ) -> list[RequestOutput]:
         """Complete prompts and return outputs in their order, ``n`` of each prompt together.
 
         Args:
             prompts: a prompt or a list of them: text, token ids, or chat messages.
+            drafter: name of one of the engine's drafters; None decodes plainly.
             sampling: fields of `SamplingParams`, or ``params=SamplingParams(...)``.
         """
-        ids = self._add_all(prompts, sampling)
+        ids = self._add_all(prompts, sampling, drafter)
         for rid in ids:
             self._requests[rid].together = True
         outputs: dict[str, RequestOutput] = {}
@@ -157,12 +160,14 @@ class Engine:
             self._abandon(ids)
         return [outputs[i] for i in ids]
 
-    def stream(self, prompts: Any, **sampling: Any) -> Iterator[Chunk]:
+    def stream(
+        self, prompts: Any, *, drafter: str | None = DEFAULT, **sampling: Any
+    ) -> Iterator[Chunk]:
         """Complete prompts and give text as soon as it is certain; rows interleave.
 
         A chunk's index is the place of its output in what `generate` would return.
         """
-        ids = self._add_all(prompts, sampling)
+        ids = self._add_all(prompts, sampling, drafter)
         sent = {rid: len(self._requests[rid].prompt) for rid in ids}
         order = {rid: index for index, rid in enumerate(ids)}
         live = [self._requests[rid] for rid in ids]
@@ -381,11 +386,16 @@ class Engine:
     def _build_target(self, **options: Any) -> PackedModel:
         return PackedModel(self.model, max_draft=max(self.budget.max_draft, 1), **options)
 
-    def _add_all(self, prompts: Any, sampling: dict) -> list[str]:
+    def _add_all(self, prompts: Any, sampling: dict, drafter: str | None) -> list[str]:
+        drafter = self.drafting.resolve(drafter)
         params = sampling.pop("params", None) or SamplingParams.build(**sampling)
         many = [prompts] if is_single(prompts) else list(prompts)
         ids = [self._admission.encode(p) for p in many]  # all are checked before one is queued
-        return [self.add_request(p, params, sample=i) for p in ids for i in range(params.n)]
+        return [
+            self.add_request(p, params, sample=i, drafter=drafter)
+            for p in ids
+            for i in range(params.n)
+        ]
 
     def _abandon(self, ids: Sequence[str]) -> None:
         for rid in ids:
