@@ -159,6 +159,7 @@ def test_a_hopeless_drafter_loses_little_of_the_time_after_its_first_steps(rows,
     for step in range(4000):
         lengths = _give(budget, names, [7] * rows, passes, match=0 if passes else 2)
         extra = 0.25 * sum(lengths) / rows + 0.1 / rows * max(lengths) * passes
+        budget.time_step(rows, rows + sum(lengths), 1.0 + 0.25 * sum(lengths) / rows)
         for name, n in zip(names, lengths, strict=True):
             if n:
                 budget.observe(name, "d", n, 0, 0 if passes else 2)

@@ -25,14 +25,38 @@ def target(tmp_path, monkeypatch):
 
 def test_a_profile_is_measured_once_and_then_read(target, monkeypatch):
     calls = []
-    monkeypatch.setattr(profile, "measure", lambda t: calls.append(t) or dict(GOOD))
+    times = {n: [s, s * 1.1] for n, s in GOOD.items()}
+    monkeypatch.setattr(profile, "measure", lambda t: calls.append(t) or times)
     monkeypatch.setattr(profile, "_WORTH_KEEPING", -1.0)
     assert profile.pass_profile(target) == profile.pass_profile(target) == GOOD
     assert calls == [target]
 
 
+def test_a_profile_of_a_busy_machine_is_used_once_and_not_kept(target, monkeypatch):
+    times = {n: [s, s * 1.1, s] for n, s in GOOD.items()}
+    times[12] = [0.12, 0.9, 0.7]
+    calls = []
+    monkeypatch.setattr(profile, "measure", lambda t: calls.append(t) or times)
+    monkeypatch.setattr(profile, "_WORTH_KEEPING", -1.0)
+    assert profile.pass_profile(target) == profile.pass_profile(target) == GOOD
+    assert len(calls) == 2 and not profile.profile_path(target).exists()
+
+
+def test_a_profile_that_overrates_drafts_is_found_out():
+    """Passes with drafts take half of what the profile says, and every draft would be accepted."""
+    profiled = StepCost({1: 1.0, 8: 1.0 + 7 * 1.2})
+    budget, sent = AutoBudget(cost=PassCost(profiled)), []
+    for _ in range(1500):
+        drafts = sum(budget.allocate([Candidate("a", "d", 4, match=8)]))
+        budget.time_step(1, 1 + drafts, 1.0 + 0.4 * drafts)
+        if drafts:
+            budget.observe("a", "d", drafts, drafts, match=8)
+        sent.append(drafts)
+    assert not any(sent[:20]) and min(sent[-500:]) > 0
+
+
 def test_measuring_counts_no_pass_and_leaves_no_row(target):
-    measured = profile.measure(target, repeats=1)
+    measured = profile.best(profile.measure(target, repeats=1))
     assert set(measured) == set(GOOD) and min(measured.values()) > 0
     assert target.forward_passes == target.forward_tokens == 0 and target.cache.rows == ()
 
@@ -59,7 +83,9 @@ def test_a_profile_belongs_to_model_backend_and_threads(target, monkeypatch):
     other.close()
     monkeypatch.setattr("torch.get_num_threads", lambda: 77)
     paths.add(profile.profile_path(target))
-    assert len(paths) == 3
+    monkeypatch.setattr(type(target.backend), "key", ["native", "another core"])
+    paths.add(profile.profile_path(target))
+    assert len(paths) == 4
 
 
 def test_counts_give_the_same_drafts_whatever_the_clock_says():
@@ -91,5 +117,5 @@ def test_acceptance_belongs_to_row_and_drafter_and_new_rows_start_from_the_draft
 def test_a_measured_profile_never_falls_with_more_tokens(target, monkeypatch):
     times = iter([0.5, 0.9, 0.1, 0.3, 0.2, 0.4, 0.6, 0.5, 0.7] * 9)
     monkeypatch.setattr(profile, "_seconds", lambda *_: next(times))
-    seconds = list(profile.measure(target, repeats=1).values())
+    seconds = list(profile.best(profile.measure(target, repeats=1)).values())
     assert seconds == sorted(seconds) and seconds[0] == 0.1

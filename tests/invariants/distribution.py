@@ -76,7 +76,7 @@ def exact_joint(options):
 
 def decide(rule, drafts, scores, other, keys, index):
     """One position of all rows at once: their tokens, and which drafts were accepted."""
-    guess = torch.full((len(scores), 1), (3, 1)[index])
+    guess = other.argmax(-1, keepdim=True)  # "lookup": given and not drawn
     if drafts == "impossible":  # a draft that the target takes least, or never
         guess = scores.argmin(-1, keepdim=True)
     q = sampling.one_hot(guess, scores)

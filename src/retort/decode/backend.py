@@ -13,6 +13,7 @@ from retort.decode.fusion import Inference
 from retort.decode.native_model import Lease, NativeModel
 from retort.errors import ConfigurationError
 from retort.ops import native
+from retort.ops.native.build import digest
 from retort.ops.native.invariant import row_invariant
 
 BACKENDS = ("auto", "native", "torch")
@@ -60,6 +61,14 @@ class Backend:
         self._lease: Lease | None = None
         if self.name == "native":
             self._lease = Lease(model, weight_storage, release)
+
+    @property
+    def key(self) -> list[Any]:
+        """What decides how fast passes are, for things that are kept by it."""
+        fused = [self._layers is not None, self._stack is not None]
+        if self._linears is None:
+            return [self.name]
+        return [self.name, digest(), native.isa(), self._linears.nbytes, *fused]
 
     def arithmetic(self) -> AbstractContextManager:
         """For the time of a pass: element functions whose bits ignore their place."""

@@ -132,6 +132,7 @@ class AutoBudget:
                 lengths[i] += 1
         elif gains:
             self.acceptance.regain(candidates)
+            self.cost.regain()
         return lengths
 
     def observe(self, row: str, drafter: str, drafted: int, accepted: int, match: int = 0) -> None:
@@ -228,7 +229,8 @@ class CountBudget(AutoBudget):
     """
 
     def __init__(self, max_draft: int = 7) -> None:
-        super().__init__(max_draft, cost=PassCost(StepCost({1: 1 + 1 / 16, 513: 1 + 513 / 16})))
+        passes = StepCost({1: 1 + 1 / 16, 513: 1 + 513 / 16})
+        super().__init__(max_draft, cost=PassCost(passes, hope=0.0))
 
     def time_step(self, rows: int, tokens: int, seconds: float) -> None:
         """The cost is fixed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+_LEAST = 0.25
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)
 
 
@@ -49,11 +50,14 @@ class PassCost:
         profile: T(tokens) of one row.
         plain: seconds of plain passes by number of rows.
         factor: what drafts really added, relative to the profile.
+        hope: share by which the factor falls in a step without any draft, so that a profile which
+            overrates drafts is found out.
     """
 
     profile: StepCost = field(default_factory=StepCost)
     plain: dict[int, float] = field(default_factory=dict)
     factor: float = 1.0
+    hope: float = 0.002
 
     def seconds(self, rows: int, drafts: int = 0) -> float:
         """Expected seconds."""
@@ -69,7 +73,11 @@ class PassCost:
         added = self._added(rows, drafts)
         seen = min(max((seconds - plain) / added, 0.0), 4.0)
         weight = min(0.1, 0.3 * added / plain)  # where drafts add little, noise says nothing
-        self.factor = max(self.factor + weight * (seen - self.factor), 0.25)
+        self.factor = max(self.factor + weight * (seen - self.factor), _LEAST)
+
+    def regain(self) -> None:
+        """Nothing was drafted although it could have been."""
+        self.factor = max(self.factor * (1 - self.hope), min(self.factor, 2 * _LEAST))
 
     def _added(self, rows: int, drafts: int) -> float:
         """By the profile, and at least 0.3 % of a pass a token."""

@@ -1,7 +1,8 @@
 """What a pass costs by its number of tokens: measured once on the target, then kept on disk.
 
 A profile belongs to a machine, a model, a backend and a number of threads. One that is old, of
-other versions or unreadable is measured again; so is one that is measured in no time.
+other versions or unreadable is measured again; so is one that is measured in no time, or while
+other work on the machine made times differ.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -25,6 +27,9 @@ Profile = dict[int, float]
 _SIZES = (1, 4, 8, 12, 16, 24, 32, 64)
 _DAYS = 30
 _WORTH_KEEPING = 0.5  # seconds of measuring
+_SPREAD = 1.3  # most that a size's median may be of its best time, for a profile to be kept
+
+Times = dict[int, list[float]]
 
 
 def pass_profile(target: PackedModel) -> Profile:
@@ -33,20 +38,31 @@ def pass_profile(target: PackedModel) -> Profile:
     if (known := load(path)) is not None:
         return known
     started = time.perf_counter()
-    profile = measure(target)
-    if time.perf_counter() - started > _WORTH_KEEPING:
+    times = measure(target)
+    profile = best(times)
+    if time.perf_counter() - started > _WORTH_KEEPING and steady(times):
         save(path, profile)
     return profile
 
 
-def measure(target: PackedModel, repeats: int = 3) -> Profile:
-    """The best of ``repeats`` passes over a scratch row, by number of tokens."""
+def measure(target: PackedModel, repeats: int = 4) -> Times:
+    """Seconds of ``repeats`` passes over a scratch row, by number of tokens; sizes take turns."""
     passes, tokens = target.forward_passes, target.forward_tokens
     _seconds(target, max(_SIZES))
-    profile = {n: min(_seconds(target, n) for _ in range(repeats)) for n in _SIZES}
-    profile = {n: min(s for m, s in profile.items() if m >= n) for n in _SIZES}  # more cost more
+    rounds = [{n: _seconds(target, n) for n in _SIZES} for _ in range(repeats)]
     target.forward_passes, target.forward_tokens = passes, tokens
-    return profile
+    return {n: [r[n] for r in rounds] for n in _SIZES}
+
+
+def best(times: Times) -> Profile:
+    """The best time of each size; more tokens never cost less."""
+    least = {n: min(seconds) for n, seconds in times.items()}
+    return {n: min(s for m, s in least.items() if m >= n) for n in least}
+
+
+def steady(times: Times) -> bool:
+    """Whether every size took about as long each time, as on a machine without other work."""
+    return all(median(seconds) <= _SPREAD * min(seconds) for seconds in times.values())
 
 
 def profile_path(target: PackedModel) -> Path:
@@ -56,7 +72,7 @@ def profile_path(target: PackedModel) -> Path:
         "model": {**target.model.config.to_diff_dict(), "_name_or_path": None},
         "dtype": str(target.model.dtype),
         "device": str(target.model.device),
-        "backend": target.backend.name,
+        "backend": target.backend.key,
         "threads": torch.get_num_threads(),
         "versions": versions(("torch", "transformers", "retort-lm")),
     }

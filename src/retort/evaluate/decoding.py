@@ -147,9 +147,7 @@ def grouped_arm(arm: Callable[[Sequence[Sequence[int]], int], Measurement]) -> A
     return run
 
 
-def _summary(
-    name: str, size: int, mine: list[Measurement], base: list[Measurement]
-) -> ArmResult:
+def _summary(name: str, size: int, mine: list[Measurement], base: list[Measurement]) -> ArmResult:
     speeds = [m.tokens / m.seconds for m in mine]
     ratios = [s / (b.tokens / b.seconds) for s, b in zip(speeds, base, strict=True)]
     low, high = _interval(ratios)
