@@ -76,23 +76,18 @@ TRANSFORMERS = ("transformers", "transformers assisted", "transformers continuou
 ARMS = (*ENGINES, *TRANSFORMERS)
 
 
-def host(name: str, arms: Sequence[str]) -> str:
-    """The arm on whose engine ``name`` decodes: plain decoding shares that of an arm with drafts.
+def weights_of(name: str) -> tuple:
+    """Arms of which this is equal decode on one model's packed weights.
 
-    Two copies of the same weights differ in speed by up to a tenth, as memory lies; on one engine
-    only the drafts differ.
+    Two copies of the same weights differ in speed by up to a tenth, as memory lies.
     """
     engine_class, options = ENGINES[name]
-    for other in arms if "drafter" not in options else ():
-        other_class, more = ENGINES.get(other, (None, {}))
-        rest = {k: v for k, v in more.items() if k != "drafter"}
-        if "drafter" in more and (other_class, rest) == (engine_class, options):
-            return other
-    return next(a for a in arms if ENGINES.get(a) == ENGINES[name])
+    fused = engine_class is Engine and options.get("fuse_layers", True)
+    return fused, options.get("weight_storage"), options.get("cpu_backend")
 
 
 def build_engine(model: Any, name: str, max_batch_size: int, prefix_tokens: int = 0) -> Engine:
-    """The engine of an arm, on a model of its own; see `Engine` for ``prefix_tokens``."""
+    """The engine of an arm; see `Engine` for ``prefix_tokens``."""
     engine_class, options = ENGINES[name]
     if prefix_tokens and engine_class is Engine:
         options = {**options, "prefix_cache_tokens": prefix_tokens}

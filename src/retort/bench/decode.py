@@ -18,9 +18,15 @@ from typing import Any
 
 import torch
 
-from retort.bench.arms import ARMS, ENGINES, build_engine, host, openvino_arm, transformers_arm
+from retort.bench.arms import (
+    ARMS,
+    ENGINES,
+    build_engine,
+    openvino_arm,
+    transformers_arm,
+    weights_of,
+)
 from retort.bench.decode_page import page
-from retort.decode.engine import Engine
 from retort.errors import ConfigurationError
 from retort.evaluate.decoding import Arm, ArmResult, compare, engine_arm
 from retort.models import zoo
@@ -61,16 +67,16 @@ def _arms(options: Namespace) -> dict[str, Arm]:
     load = partial(zoo.load_model, options.model, dtype="float32")
     size = max(options.batch_sizes)
     kept = 4 * max(options.num_prompts) * options.prompt_tokens if options.keep_prefixes else 0
-    engines: dict[str, Engine] = {}
+    models: dict[tuple, Any] = {}
     arms: dict[str, Arm] = {}
     for name in options.arms:
-        if name not in ENGINES:
+        if name in ENGINES:
+            kind = weights_of(name)
+            if kind not in models:
+                models[kind] = load()
+            arms[name] = engine_arm(build_engine(models[kind], name, size, kept))
+        else:
             arms[name] = transformers_arm(load(), name)
-            continue
-        place = host(name, options.arms)
-        if place not in engines:
-            engines[place] = build_engine(load(), place, size, kept)
-        arms[name] = engine_arm(engines[place], **({"drafter": None} if place != name else {}))
     if options.openvino:
         peer = partial(openvino_arm, options.openvino, options.openvino_model, options.threads)
         arms |= {f"openvino {mode}": peer(mode) for mode in ("plain", "lookup")}

@@ -65,10 +65,10 @@ class Backend:
     @property
     def key(self) -> list[Any]:
         """What decides how fast passes are, for things that are kept by it."""
-        fused = [self._layers is not None, self._stack is not None]
-        if self._linears is None:
+        if self.packing is None:
             return [self.name]
-        return [self.name, digest(), native.isa(), self._linears.nbytes, *fused]
+        fused = [self.packing.layers is not None, self.packing.stack is not None]
+        return [self.name, digest(), native.isa(), self.packing.linears.nbytes, *fused]
 
     def arithmetic(self) -> AbstractContextManager:
         """For the time of a pass: element functions whose bits ignore their place."""

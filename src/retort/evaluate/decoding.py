@@ -95,13 +95,8 @@ def compare(
         yield _summary(name, size, [r[name] for r in rounds], [r[base] for r in rounds])
 
 
-def engine_arm(engine: Any, **options: Any) -> Arm:
-    """An arm that decodes on an engine, which keeps what it learnt between repeats.
-
-    Args:
-        engine: an `Engine`.
-        options: of its `generate`, such as ``drafter=None``.
-    """
+def engine_arm(engine: Any) -> Arm:
+    """An arm that decodes on an engine, which keeps what it learnt between repeats."""
     import time
 
     from retort.decode.stats import EngineStats
@@ -110,8 +105,7 @@ def engine_arm(engine: Any, **options: Any) -> Arm:
         engine.stats, engine.scheduler.max_batch_size = EngineStats(), size
         passes = engine.target.forward_tokens, engine.target.padding_tokens
         started = time.perf_counter()
-        texts, limit = [list(p) for p in prompts], {"max_new_tokens": max_new_tokens}
-        outputs = engine.generate(texts, **limit, **options)
+        outputs = engine.generate([list(p) for p in prompts], max_new_tokens=max_new_tokens)
         total, stats = time.perf_counter() - started, engine.stats
         computed = engine.target.forward_tokens - passes[0]
         padding = engine.target.padding_tokens - passes[1]
