@@ -1,6 +1,6 @@
 """Memory and time of one loss over a small model's vocabulary, forward and backward.
 
-    OMP_NUM_THREADS=2 python bench/distill_loss.py [--tokens 2048] [--vocab 49152] [--width 576]
+    OMP_NUM_THREADS=2 python bench/distill_loss.py --output bench-distill-loss.json
 
 `dense` is the loss as trainers in wide use write it (whole logits of both models, two
 log-softmaxes, `kl_div` with `log_target`, in plain torch); `chunked` is Retort's, from hidden
@@ -10,13 +10,14 @@ are compared first.
 
 Peak memory is counted inside torch's CPU allocator through its profiler (every allocation and
 release with its size), so that neither the C library's habits nor Python's objects count. What
-exists before (hidden states, weights) is left out; gradients are included.
+exists before (hidden states, weights) is left out; gradients are included. Writes JSON with machine
+and versions, and prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -28,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from retort.distill.losses import DacTerm, DivergenceTerm, SpanTerm, chunked_loss, divergence
 from retort.distill.losses.dac import DacSettings
 from retort.distill.signals import HeadSignal
+from retort.provenance import Provenance, write_json
 
 
 class Data:
@@ -113,7 +115,7 @@ def main():
     for name, default in (("tokens", 2048), ("vocab", 49152), ("width", 576), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", nargs="*", help="names of candidates; dense comes with them")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("bench-distill-loss.json"))
     args = parser.parse_args()
     data = Data(args.tokens, args.vocab, args.width)
     made = candidates(data)
@@ -128,9 +130,8 @@ def main():
             times[name].append(perf_counter() - started)
     peaks = {name: peak_bytes(data, loss)[0] for name, loss in made.items()}
     rows = {n: {"mb": peaks[n] / 1e6, "seconds": median(times[n])} for n in made}
-    if args.json:
-        print(json.dumps({**vars(args), "apart": apart, "rows": rows}))
-        return
+    record = Provenance.collect({**vars(args), "output": None}).to_dict() | {"command": []}
+    write_json(args.output, {"provenance": record, "apart": apart, "rows": rows})
     print("relative difference of chunked from dense:", {k: f"{v:.1e}" for k, v in apart.items()})
     for name, row in rows.items():
         base = rows["mgsr at once" if name.startswith("mgsr") else "dense"]

@@ -142,16 +142,17 @@ def test_a_capture_that_was_killed_three_times_is_the_unbroken_one(made, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_kill_nine_on_the_command_line_changes_no_bit(tmp_path):
     """Real processes: three are killed as soon as they have added a shard."""
     model, data = tmp_path / "model", tmp_path / "rows.jsonl"
     llama(hidden_size=64, layers=2).save_pretrained(model)
     tokenizer().save_pretrained(model)
-    lines = [{"prompt": f"row {i}", "completion": "x" * (20 + i % 7)} for i in range(3000)]
+    lines = [{"prompt": f"row {i}", "completion": "x" * (20 + i % 7)} for i in range(1200)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def command(folder):
-        options = ["--shard-tokens", "4000", "--batch-size", "2"]
+        options = ["--shard-tokens", "2400", "--batch-size", "2"]
         return [sys.executable, "-m", "retort", "capture", str(model), str(data), folder, *options]
 
     subprocess.run(command(str(tmp_path / "whole")), check=True)

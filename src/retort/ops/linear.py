@@ -74,8 +74,7 @@ def pack(weight: Tensor, bias: Tensor | None = None, *, precision: str = "auto")
     """
     _check_weight(weight, bias, precision)
     rows = weight.detach()
-    exact = bool((rows.to(torch.bfloat16).to(rows.dtype) == rows).all())
-    half = precision == "bfloat16" or (precision == "auto" and exact)
+    half = precision == "bfloat16" or (precision == "auto" and _is_bf16(rows))
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous().clone()
     panels = _to_panels(rows.to(torch.bfloat16 if half else torch.float32))
     return PackedWeight(panels, weight.shape[0], bias)
@@ -243,10 +242,17 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def _is_bf16(rows: Tensor) -> bool:
+    """Whether bf16 holds every value; the first row tells of most weights that it does not."""
+    parts = [rows] if rows.dtype == torch.bfloat16 else [rows[:1], rows]
+    return all(bool((part.to(torch.bfloat16).to(part.dtype) == part).all()) for part in parts)
+
+
 def _to_panels(rows: Tensor) -> Tensor:
     n, k = rows.shape
     panels = -(-n // PANEL)
-    rows = F.pad(rows, (0, 0, 0, panels * PANEL - n)).view(panels, PANEL, k)
+    missing = panels * PANEL - n
+    rows = (F.pad(rows, (0, 0, 0, missing)) if missing else rows).reshape(panels, PANEL, k)
     if rows.dtype == torch.bfloat16:
         rows = rows.view(panels, 2, 16, k).transpose(1, 2).reshape(panels, PANEL, k)
     return rows.transpose(1, 2).contiguous()
