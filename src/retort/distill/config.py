@@ -56,12 +56,24 @@ class DistillConfig(TrainingArguments):
         None, "More configuration values of a student that is built, as JSON."
     )
     freeze_embeddings: bool = say(False, "Keep the student's embedding and head as they are.")
+    use_peft: bool = say(
+        False, "Train a LoRA adapter; without a teacher the student's base teaches. Needs peft."
+    )
+    lora_r: int = say(16, "Rank of the adapter.")
+    lora_alpha: int = say(32, "The adapter's output is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = say(0.0, "Dropout before the adapter; needs disable_dropout=False.")
+    lora_target_modules: list[str] | None = say(
+        None, "Modules that are adapted, or all-linear; by default PEFT's for the model."
+    )
     teacher_model_name_or_path: str | None = say(
         None, "The teacher: zoo name, hub id or folder; must share the student's tokenizer."
     )
     teacher_model_revision: str | None = say(None, "Hub revision of the teacher.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = say(
         None, "Keywords of the teacher's from_pretrained, as JSON."
+    )
+    teacher_quantization: str | None = say(
+        None, "'8bit' or '4bit': the teacher's linears by bitsandbytes, which must be installed."
     )
     teacher_signal: str | None = say(
         None, "Folder of `retort capture`, instead of the teacher's forwards on the dataset."
@@ -247,7 +259,7 @@ class DistillConfig(TrainingArguments):
                 "are packed from text that was there before the step, and the student writes its "
                 "text within it; set lmbda to 0, or leave packing out"
             )
-        fault = contradiction(recipe) or self._schedule_fault()
+        fault = contradiction(recipe) or self._schedule_fault() or self._adapter_fault()
         if fault is not None:
             raise ConfigurationError(f"method={self.method!r}, lmbda={recipe.lmbda!r}: {fault}")
 
@@ -260,6 +272,13 @@ class DistillConfig(TrainingArguments):
             return "replay_share is for a fixed lmbda; the scheduler decides itself"
         if IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
             return "the scheduler follows the evaluation's loss: set eval_strategy and its data"
+        return None
+
+    def _adapter_fault(self) -> str | None:
+        if self.lora_dropout and self.disable_dropout:
+            return f"lora_dropout={self.lora_dropout} needs disable_dropout=False"
+        if self.use_peft and self.student_type is not None:
+            return "use_peft adapts a trained student; student_type builds a new one: choose one"
         return None
 
     def _check_signal(self) -> None:
@@ -279,8 +298,9 @@ class DistillConfig(TrainingArguments):
     def _rules(self) -> list[tuple[str, bool, str]]:
         share = "it must lie in [0, 1]"
         positive = "it must be at least 1"
-        shares = ("beta", "replay_share", "dac_coverage", "dac_min_coverage")
-        counts = ("max_length", "max_completion_length", "rollout_batch_size", "scrg_rounds")
+        shares = ("beta", "lora_dropout", "replay_share", "dac_coverage", "dac_min_coverage")
+        counts = [*("max_length", "max_completion_length", "rollout_batch_size", "scrg_rounds")]
+        counts += ["lora_r", "lora_alpha"]
         optional = ("student_num_hidden_layers", "max_train_rows", "max_eval_rows")
         weights = [*("sft_weight", "divergence_weight", "span_weight", "scrg_warmup_steps")]
         weights += ["replay_buffer_size", "interleave_top_k"]
@@ -296,6 +316,11 @@ class DistillConfig(TrainingArguments):
             *((n, getattr(self, n) >= 1, positive) for n in counts),
             *((n, getattr(self, n) is None or getattr(self, n) >= 1, positive) for n in optional),
             *((n, (getattr(self, n) or 0) >= 0, "it must be 0 or more") for n in weights),
+            (
+                "teacher_quantization",
+                self.teacher_quantization in (None, "8bit", "4bit"),
+                "use '8bit' or '4bit'",
+            ),
             ("temperature", self.temperature > 0, "it must be above 0"),
             ("loss_chunk_size", self.loss_chunk_size >= 0, "it must be 0 (off) or more"),
             ("rollout_draft_budget", self.rollout_draft_budget >= 0, "it must be 0 or more"),
@@ -346,6 +371,7 @@ FIXED = (
     "model_name_or_path",
     "student_type",
     "student_num_hidden_layers",
+    "use_peft",
     "teacher_model_name_or_path",
     "dataset_name",
     "seed",

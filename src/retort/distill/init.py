@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from retort.distill.adapters import with_adapter
 from retort.distill.config import DistillConfig
 from retort.errors import ConfigurationError
 
@@ -16,8 +17,8 @@ def build_student(config: DistillConfig, teacher: Any = None) -> Any:
     """The student that the configuration describes.
 
     `student_type` builds one around ``teacher``; otherwise `model_name_or_path` is loaded, and
-    cut to `student_num_hidden_layers` where that is given. Raises ConfigurationError when neither
-    is named, or both.
+    cut to `student_num_hidden_layers` where that is given. With `use_peft` it gets an
+    adapter. Raises ConfigurationError when neither is named, or both.
     """
     if config.student_type is not None:
         model = _built(config, teacher)
@@ -25,7 +26,7 @@ def build_student(config: DistillConfig, teacher: Any = None) -> Any:
         model = _loaded(config)
     if config.freeze_embeddings:
         freeze_embeddings(model)
-    return model
+    return with_adapter(model, config) if config.use_peft else model
 
 
 def cut_layers(model: Any, count: int) -> Any:

@@ -11,6 +11,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from retort.decode.support import check_supported
+from retort.distill.adapters import save_merged
 from retort.distill.config import DistillConfig
 from retort.distill.data import load_rows
 from retort.distill.init import build_student
@@ -38,7 +39,10 @@ def run(config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
         if trainer.args.should_save:
             checkpoint.clean(folder)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-        trainer.save_model()
+        if config.use_peft:
+            save_merged(trainer, folder)
+        else:
+            trainer.save_model()
         trainer.save_state()
     return folder
 
@@ -99,9 +103,10 @@ def _check_decodes(name: str, trust_remote_code: bool) -> None:
 
 
 def _teacher(config: DistillConfig) -> Any:
-    teaches = config.recipe.needs_teacher and config.teacher_signal is None
-    needed = teaches or config.student_type is not None
-    return load_teacher(config) if needed or config.teacher_model_name_or_path else None
+    named = config.teacher_model_name_or_path is not None
+    own = config.teacher_signal is not None or (config.use_peft and not named)
+    needed = (config.recipe.needs_teacher and not own) or config.student_type is not None
+    return load_teacher(config) if needed or named else None
 
 
 def _tokenizer(config: DistillConfig) -> Any:

@@ -107,5 +107,20 @@ def load_teacher(config: DistillConfig) -> Any:
     keywords = dict(config.teacher_model_init_kwargs or {})  # type: ignore[arg-type]
     if config.teacher_model_revision is not None:
         keywords["revision"] = config.teacher_model_revision
+    if config.teacher_quantization is not None:
+        keywords |= _quantization(config.teacher_quantization)
     name, remote = config.teacher_model_name_or_path, config.trust_remote_code
     return zoo.load_model(name, trust_remote_code=remote, **keywords)
+
+
+def _quantization(bits: str) -> dict[str, Any]:
+    """Keywords of from_pretrained for linears in ``bits`` ("8bit", "4bit"), by bitsandbytes."""
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ConfigurationError(
+            f"teacher_quantization={bits!r} needs bitsandbytes: pip install bitsandbytes, or leave "
+            "it out (other quantisations: quantization_config in teacher_model_init_kwargs)"
+        )
+    return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{bits}": True})}
