@@ -3,12 +3,14 @@
     retort serve smollm2-135m-instruct --drafter prompt-lookup --port 8000 &
     python bench/peers/transformers_server.py smollm2-135m-instruct --port 8001 &
     python bench/serve.py load spec_bench.jsonl --piece 0 --pieces 10
+    python bench/serve.py saturated spec_bench.jsonl --piece 0 --pieces 5
     python bench/serve.py intruder spec_bench.jsonl
     python bench/serve.py table serve-*.json --output docs/results/serve.json
 
 ``load`` runs one piece of the requests on every arm in turn, in an order that changes from piece
-to piece; each arm has kept prefixes of its own. ``intruder`` lets a long prompt arrive among
-streams. ``table`` puts all pieces together.
+to piece; each arm has kept prefixes of its own. ``saturated`` sends the requests of a piece all at
+once, so that throughput is the server's and not the arrivals'. ``intruder`` lets a long prompt
+arrive among streams. ``table`` puts all pieces together.
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ SETTLED = 2.0  # seconds after which the streams' own prompts have been read
 
 def main() -> None:
     options = arguments()
-    {"load": load, "intruder": intruder, "table": table}[options.kind](options)
+    kinds = {"load": load, "saturated": load, "intruder": intruder, "table": table}
+    kinds[options.kind](options)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["load", "intruder", "table"])
+    parser.add_argument("kind", choices=["load", "saturated", "intruder", "table"])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--peer", help="such as http://127.0.0.1:8001")
@@ -48,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--piece", type=int, default=0)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--long-tokens", type=int, default=3000)
+    parser.add_argument("--label", default="", help="of the server that the intruder meets")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -57,13 +61,12 @@ def load(options: argparse.Namespace) -> None:
     arms = [("speculation", options.url, {}), ("off", options.url, OFF)]
     if options.peer:
         arms.append(("transformers", options.peer, {}))
+    rate = options.rate if options.kind == "load" else float("inf")
     turn = options.piece % len(arms)
     found = {}
     for name, url, extra in arms[turn:] + arms[:turn]:
         salt = {"cache_salt": f"{name}-{options.piece}-{time.time_ns()}"}
-        asked = Load(
-            prompts, options.rate, options.max_tokens, extra=extra | salt, seed=options.piece
-        )
+        asked = Load(prompts, rate, options.max_tokens, extra=extra | salt, seed=options.piece)
         found[name] = asyncio.run(run(Address.parse(url), asked))
         print(options.piece, name, line(summarize(found[name])), flush=True)
     save(options, {name: [vars(s) for s in samples] for name, samples in found.items()})
@@ -96,6 +99,7 @@ async def among(options, prompts, words, number, with_long) -> dict:
     gaps = _gaps(samples, SETTLED, float("inf"))
     reading = () if long is None else (long.sent, long.sent + (long.first or long.last))
     return {
+        "label": options.label,
         "long": with_long,
         "long_prompt_tokens": long.prompt_tokens if long else 0,
         "long_first": long.first if long else None,
@@ -130,8 +134,18 @@ def save(options: argparse.Namespace, found) -> None:
 
 def table(options: argparse.Namespace) -> None:
     pieces = [json.loads(file.read_text("utf-8")) for file in options.files]
-    loads = [p["found"] for p in pieces if p["kind"] == "load"]
-    result = {"provenance": [p["provenance"] for p in pieces], "load": {}, "rounds": []}
+    result = {"provenance": [p["provenance"] for p in pieces], "intruder": []}
+    for kind in ("load", "saturated"):
+        result[kind] = together([p["found"] for p in pieces if p["kind"] == kind])
+    for found in (p["found"] for p in pieces if p["kind"] == "intruder"):
+        result["intruder"] += found
+    if options.output:
+        write_json(options.output, result)
+
+
+def together(loads: list[dict]) -> dict[str, dict]:
+    """The numbers of each arm over all pieces; prints them as a table."""
+    arms = {}
     print(
         "| arm | requests | tokens/s | TTFT p50 | p99 | ITL p50 | p99 | a token p50 | p99 "
         "| accepted |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -139,13 +153,15 @@ def table(options: argparse.Namespace) -> None:
     for name in loads[0] if loads else []:
         parts = [[Sample(**s) for s in found[name]] for found in loads]
         summary = summarize([s for part in parts for s in part], sum(map(duration, parts)))
-        result["load"][name] = summary.as_dict()
-        result["rounds"].append({"arm": name, "seconds": [round(duration(p), 2) for p in parts]})
+        equal = sum(
+            ours["text"] == theirs["text"]
+            for found in loads
+            for ours, theirs in zip(found[name], found["off"], strict=True)
+        )
+        seconds = [round(duration(part), 2) for part in parts]
+        arms[name] = {**summary.as_dict(), "texts_as_off": equal, "seconds_of_pieces": seconds}
         print(f"| {name} {line(summary)}")
-    for found in (p["found"] for p in pieces if p["kind"] == "intruder"):
-        result["intruder"] = found
-    if options.output:
-        write_json(options.output, result)
+    return arms
 
 
 def line(s) -> str:

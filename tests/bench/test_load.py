@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import math
+import threading
 
 import pytest
 
@@ -85,12 +86,20 @@ def test_arrivals_are_a_seeded_poisson_process():
 
 def test_the_load_is_open(served, prompts):
     """Requests leave on time, however long the earlier ones take."""
-    load = Load(read_prompts(prompts), rate=100.0, max_tokens=200, extra={"ignore_eos": True})
-    samples = asyncio.run(run(Address.parse(served.url, "key"), load))
-    ends = sorted(s.sent + s.last for s in samples)
-    assert max(s.sent for s in samples) < ends[0]
-    for sample, at in zip(samples, load.arrivals(), strict=True):
-        assert at <= sample.sent < at + 1
+    load = Load(read_prompts(prompts), rate=100.0, max_tokens=20, extra={"ignore_eos": True})
+    with tiny.held(served.engine) as go:
+
+        def release():
+            tiny.eventually(lambda: served.state["client"].rows == len(load.prompts))
+            go.set()
+
+        thread = threading.Thread(target=release)
+        thread.start()
+        samples = asyncio.run(run(Address.parse(served.url, "key"), load))
+        thread.join()
+    assert max(s.sent for s in samples) < min(s.sent + s.last for s in samples)
+    assert all(s.sent >= at for s, at in zip(samples, load.arrivals(), strict=True))
+    assert all(s.error is None and s.tokens == 20 for s in samples)
 
 
 def test_failures_are_counted_and_not_timed(served, prompts):

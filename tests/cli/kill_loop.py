@@ -2,8 +2,9 @@
 
     python kill_loop.py KILLS LOG ARGUMENTS...
 
-The libraries are loaded once; every run is a fork that has used no thread yet. The last run is
-left alone. LOG gets a line of the output's size at each kill.
+The libraries are loaded once; every run is a fork that has used no thread yet. A step takes at
+least STEP seconds, so that a run is still at work when it is to be killed; the last run is left
+alone. LOG gets a line of the output's size at each kill.
 """
 
 import os
@@ -12,6 +13,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+STEP = 0.02
 
 
 def main() -> int:
@@ -24,24 +27,36 @@ def main() -> int:
     while len(sizes) < int(kills):
         before = output.stat().st_size if output.exists() else 0
         child = start(cli, arguments)
-        time.sleep(0.05)
         while output.stat().st_size == before if output.exists() else True:
             if os.waitpid(child, os.WNOHANG)[0]:
                 raise SystemExit(f"the run ended before it could be killed {kills} times")
             time.sleep(0.001)
-        time.sleep(draws.uniform(0, 0.02))
+        time.sleep(draws.uniform(0, 3 * STEP))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         sizes.append(output.stat().st_size)
     Path(log).write_text(" ".join(map(str, sizes)))
-    return os.waitstatus_to_exitcode(os.waitpid(start(cli, arguments), 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(start(cli, arguments, 0.0), 0)[1])
 
 
-def start(cli, arguments) -> int:
+def start(cli, arguments, seconds: float = STEP) -> int:
     child = os.fork()
     if child == 0:
+        slow_down(seconds)
         os._exit(cli.run(arguments))
     return child
+
+
+def slow_down(seconds: float) -> None:
+    from retort.decode.engine import Engine
+
+    step = Engine.step
+
+    def call(self):
+        time.sleep(seconds)
+        return step(self)
+
+    Engine.step = call
 
 
 if __name__ == "__main__":

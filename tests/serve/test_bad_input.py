@@ -8,6 +8,7 @@ import pytest
 
 from tests.serve import tiny
 from tests.serve.bodies import CHATS, COMPLETIONS, OK
+from tests.serve.test_soak import resident
 
 JSON = {"content-type": "application/json"}
 
@@ -68,7 +69,7 @@ def test_wrong_routes_and_methods(served):
 
 
 def test_s2_huge_demands_are_refused_at_once(served):
-    before = served.engine.target.forward_tokens
+    before, memory = served.engine.target.forward_tokens, resident()
     demands = [
         {"n": 10**9},
         {"n": 128, "prompt": ["x"] * 1000},
@@ -80,18 +81,19 @@ def test_s2_huge_demands_are_refused_at_once(served):
         {"prompt": [[5]] * 5000},
     ]
     for demand in demands:
-        started = time.monotonic()
+        started = time.process_time()
         refused(served.post("/v1/completions", **{"prompt": "x", **demand}), [400])
-        assert time.monotonic() - started < 3
+        assert time.process_time() - started < 3
     assert served.engine.target.forward_tokens == before
+    assert resident() - memory < 64 * 2**20
 
 
 def test_s2_a_million_biases_do_not_hold_up_health(served):
     body = b'{"prompt": "x", "logit_bias": {' + b'"123456": 1, ' * 10**6 + b'"1": 1}}'
-    started = time.monotonic()
+    started = time.process_time()
     refused(served.http.post("/v1/completions", content=body, headers=JSON), [413])
     assert served.http.get("/health").status_code == 200
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_s4_the_context_to_the_token(served):

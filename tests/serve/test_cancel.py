@@ -1,16 +1,17 @@
 """FAULTS.md S7 to S10: clients that leave, stop reading, or come in crowds."""
 
-import asyncio
 import json
 import queue
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
 from retort.serve.client import Limits
+from retort.serve.errors import ApiError
 from retort.serve.messages import Gauges
 from tests.serve import tiny
 
@@ -42,42 +43,23 @@ def read_all(connection: socket.socket) -> bytes:
     return answer
 
 
-def steps_until_idle(served) -> int:
-    """Steps that the engine still makes."""
-    before = served.engine.stats.steps
-    tiny.eventually(lambda: not served.engine.has_unfinished(), 10)
-    return served.engine.stats.steps - before
-
-
-@pytest.fixture
-def slow(served, monkeypatch):
-    """Steps of at least 20 ms, so that there is a middle to leave in."""
-    step = served.engine.step
-
-    def call():
-        time.sleep(0.02)
-        return step()
-
-    monkeypatch.setattr(served.engine, "step", call)
-
-
+@pytest.mark.parametrize("after", [0, 3], ids=["before the first token", "in the middle"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_s7_leaving_before_the_first_token(served, slow, stream):
-    connection = raw(served.port, {**LONG, "stream": stream})
-    tiny.eventually(served.engine.has_unfinished)
-    connection.close()
-    assert steps_until_idle(served) < 100
+def test_s7_leaving_frees_the_row_without_another_step(served, stream, after):
     served.wait_idle()
-
-
-def test_s7_leaving_in_mid_stream_frees_the_row_within_a_step(served, slow):
-    connection = raw(served.port, {**LONG, "stream": True})
-    while b"data: " not in connection.recv(4096):
-        pass
-    connection.close()
-    assert steps_until_idle(served) < 100
-    served.wait_idle()
-    assert served.engine.target.cache.rows == ()
+    before, aborted = served.engine.stats.steps, served.metric("request_success")
+    with tiny.held(served.engine, after):
+        connection = raw(served.port, {**LONG, "stream": stream})
+        tiny.eventually(served.engine.has_unfinished)
+        tiny.eventually(lambda: served.engine.stats.steps == before + after)
+        while stream and after and b"data: " not in connection.recv(4096):
+            pass
+        connection.close()
+        tiny.eventually(lambda: not served.engine.has_unfinished())
+        served.wait_idle()
+        assert served.engine.stats.steps == before + after
+        assert served.engine.target.cache.rows == ()
+    assert served.metric("request_success") == aborted + 1
     assert served.metric("request_success", finished_reason="abort") > 0
 
 
@@ -91,8 +73,8 @@ def test_a_cancel_takes_effect_before_the_next_step(served):
     def call():
         seen.append(len(worker._rows))
         if len(seen) == 3:
-            connections.get(timeout=30).close()  # the engine can be faster than the main thread
-            asyncio.run_coroutine_threadsafe(_idle(served), served.state["loop"]).result(30)
+            connections.get(timeout=60).close()  # the engine can be faster than the main thread
+            tiny.eventually(lambda: not worker._inbox.empty())  # the cancel has arrived
             cancelled.set()
         return step()
 
@@ -100,15 +82,10 @@ def test_a_cancel_takes_effect_before_the_next_step(served):
     try:
         connections.put(raw(served.port, {**LONG, "stream": True}))
         assert cancelled.wait(60)
-        tiny.eventually(lambda: not served.engine.has_unfinished(), 30)
+        tiny.eventually(lambda: not served.engine.has_unfinished())
         assert len(seen) == 3
     finally:
         served.engine.step = step
-
-
-async def _idle(served):
-    await served.state["client"].idle()
-    await asyncio.sleep(0.3)  # the cancel is on its way through the socket
 
 
 def test_s8_a_client_that_stops_reading_is_cut_off(folder):
@@ -127,19 +104,19 @@ def test_s8_a_client_that_stops_reading_is_cut_off(folder):
 
 def test_s9_200_cancelled_requests_leave_nothing_behind(served):
     connections = [raw(served.port, {**LONG, "stream": True, "seed": i}) for i in range(200)]
-    tiny.eventually(lambda: served.state["client"].rows > 100, 20)
+    tiny.eventually(lambda: served.state["client"].rows > 100)
     for connection in connections:
         connection.close()
-    started = time.monotonic()
+    started = time.process_time()  # of server, engine and client; what others do does not count
     served.complete(prompt="the cat", max_tokens=3)
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 5
     served.wait_idle()
     assert served.state["client"]._live == {} and served.state["client"]._tokens == 0
 
 
 def test_s10_a_full_queue_says_when_to_come_back(folder):
     limits = Limits(max_num_seqs=1, max_num_queued_reqs=2)
-    with tiny.in_process(folder, limits=limits, delay=0.01) as served:
+    with tiny.in_process(folder, limits=limits) as served, tiny.held(served.engine) as go:
         held = [raw(served.port, LONG) for _ in range(3)]
         tiny.eventually(lambda: served.state["client"].rows == 3)
         refused = served.post("/v1/completions", **LONG)
@@ -147,23 +124,50 @@ def test_s10_a_full_queue_says_when_to_come_back(folder):
         assert refused.json()["error"]["code"] == "overloaded"
         never = served.post("/v1/completions", prompt="x", n=4)
         assert never.status_code == 400, "what can never be let in must not be tried again"
-        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=9) as client:
-            for connection in held[:2]:
+        seen = watch_submissions(served)
+        with (
+            openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=9) as client,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            create = client.completions.with_raw_response.create
+            future = pool.submit(create, model=tiny.NAME, prompt="the", max_tokens=2)
+            tiny.eventually(lambda: seen == [429])
+            for connection in held:
                 connection.close()
-            answer = client.completions.create(model=tiny.NAME, prompt="the", max_tokens=2)
-        assert answer.usage.completion_tokens == 2
-        held[2].close()
+            go.set()
+            answer = future.result(120)
+        assert answer.parse().usage.completion_tokens == 2
+        assert answer.retries_taken >= 1 and seen[0] == 429 and seen[-1] == 200
+
+
+def watch_submissions(served) -> list[int]:
+    """A list that grows with each request: 200 where it was let in, or the refusal's status."""
+    client, seen = served.state["client"], []
+    submit = client.submit
+
+    def call(adds):
+        try:
+            generation = submit(adds)
+        except ApiError as error:
+            seen.append(error.status)
+            raise
+        seen.append(200)
+        return generation
+
+    client.submit = call
+    return seen
 
 
 def test_token_limits(folder):
     limits = Limits(max_num_seqs=2, max_queued_tokens=500)
-    with tiny.in_process(folder, limits=limits, delay=0.01) as served:
+    with tiny.in_process(folder, limits=limits) as served, tiny.held(served.engine) as go:
         held = raw(served.port, LONG)
         tiny.eventually(lambda: served.state["client"].rows == 1)
         assert served.post("/v1/completions", prompt="x", max_tokens=300).status_code == 429
         assert served.post("/v1/completions", prompt="x", max_tokens=300, n=2).status_code == 400
         held.close()
         served.wait_idle()
+        go.set()
         assert served.complete(prompt="x", max_tokens=300)
 
 
@@ -177,8 +181,8 @@ def test_s10_first_in_first_out_over_a_thousand_requests(folder):
         connections = []
         for number, body in enumerate(bodies, 1):
             connections.append(raw(served.port, body))
-            tiny.eventually(lambda n=number: len(order) + _waiting(served) >= 50 * n, 20)
-        tiny.eventually(lambda: len(order) == 1000, 60)
+            tiny.eventually(lambda n=number: len(order) + _waiting(served) >= 50 * n)
+        tiny.eventually(lambda: len(order) == 1000, 120)
         arrived = list(dict.fromkeys(i.rsplit("-", 1)[0] for i in order))
         wanted = [f"{job}-{n}" for job in arrived for n in range(50)]
         assert order == wanted, "a later request overtook an earlier one"
@@ -191,13 +195,16 @@ def _waiting(served) -> int:
     return len(served.worker._waiting)
 
 
-def test_deadlines(served, slow):
-    answer = served.post("/v1/completions", **LONG, timeout=0.2)
-    assert answer.status_code == 408 and answer.headers["x-should-retry"] == "false"
-    assert answer.json()["error"]["code"] == "deadline"
-    events = tiny.events(served.post("/v1/completions", **LONG, timeout=0.2, stream=True).text)
-    assert events[0]["choices"] and events[-1]["error"]["code"] == "deadline"
-    served.wait_idle()
+def test_deadlines(served):
+    with tiny.held(served.engine, after=3):
+        answer = served.post("/v1/completions", **LONG, timeout=0.2)
+        assert answer.status_code == 408 and answer.headers["x-should-retry"] == "false"
+        assert answer.json()["error"]["code"] == "deadline"
+        served.wait_idle()
+    with tiny.held(served.engine, after=3):
+        events = tiny.events(served.post("/v1/completions", **LONG, timeout=3, stream=True).text)
+        assert events[0]["choices"] and events[-1]["error"]["code"] == "deadline"
+        served.wait_idle()
 
 
 def test_gauges_start_at_nothing():

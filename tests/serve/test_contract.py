@@ -85,6 +85,16 @@ def test_chat_streams(chat):
     }
 
 
+def test_chat_n_and_usage_stream(chat):
+    options = {"n": 2, "temperature": 1, "seed": 4}
+    chunks = list(chat(stream=True, stream_options={"include_usage": True}, **options))
+    texts, whole = ["", ""], chat(**options)
+    for choice in (c for chunk in chunks for c in chunk.choices):
+        texts[choice.index] += choice.delta.content or ""
+    assert texts == [c.message.content for c in whole.choices] and texts[0] != texts[1]
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+
+
 def test_max_completion_tokens(chat):
     answer = chat(max_tokens=openai.omit, max_completion_tokens=5)
     assert answer.usage.completion_tokens == 5
@@ -199,15 +209,17 @@ def test_penalties_bias_and_truncation_change_the_text_as_in_the_engine(served, 
         assert answer["choices"][0]["text"] == expected, ours
 
 
-def test_everything_at_once_still_speculates(served):
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_everything_at_once_still_speculates(served, temperature):
     """Logprobs, a penalty, a seed and a stop string do not switch speculation off."""
     options = {"logprobs": 2, "presence_penalty": -1.5, "seed": 3, "stop": ["never there"]}
-    answer = served.complete(
-        prompt="the cat sat on the mat. the cat sat on the mat. the cat", max_tokens=80, **options
-    )
+    options |= {"prompt": "the cat sat on the mat. the cat sat on the mat. the cat"}
+    options |= {"max_tokens": 80, "temperature": temperature, "ignore_eos": True}
+    answer, plain = served.complete(**options), served.complete(**options, speculation="off")
     details = answer["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] > 0
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == 80
+    assert answer["choices"] == plain["choices"], "numbers too"
 
 
 def test_speculation_off_is_the_same_text_without_drafts(served):

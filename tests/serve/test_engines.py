@@ -1,5 +1,7 @@
 """Other engines behind the same server: a state-space model, and a cache that is too small."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -45,10 +47,19 @@ def test_rows_make_room_when_the_cache_is_full(folder, engine, bodies):
     expected = [engine.generate(b["prompt"], max_new_tokens=40)[0].text for b in bodies]
     small = tiny.load_engine(folder, max_batch_size=4, max_cached_tokens=90)
     limits = Limits(max_num_seqs=4)
-    with tiny.in_process(folder, engine=small, limits=limits, delay=0.01) as served:
-        answers = together(served, bodies)
+    with tiny.in_process(folder, engine=small, limits=limits) as served:
+        answers = at_once(served, bodies)
         assert [a.json()["choices"][0]["text"] for a in answers] == expected
         assert served.metric("num_preemptions") > 0
+
+
+def at_once(served, bodies):
+    """Answers of requests that were all let in before the first step."""
+    with tiny.held(served.engine) as go, ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(together, served, bodies)
+        tiny.eventually(lambda: served.state["client"].rows == len(bodies))
+        go.set()
+        return answers.result(120)
 
 
 def test_a_long_prompt_does_not_hold_up_others(folder):
@@ -67,8 +78,15 @@ def test_a_long_prompt_does_not_hold_up_others(folder):
 
         engine.step = watch
         body = {"prompt": "the cat", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
-        with served.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as short:
+        with (
+            tiny.held(engine, after=5) as go,
+            served.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as short,
+            ThreadPoolExecutor(1) as pool,
+        ):
             lines = short.iter_lines()  # held: a dropped iterator would close the stream
             next(lines)
-            served.complete(prompt=[5] * 400, max_tokens=2)
+            long = pool.submit(served.complete, prompt=[5] * 400, max_tokens=2)
+            tiny.eventually(lambda: served.state["client"].rows == 2)
+            go.set()
+            long.result(120)
         assert len(gains) > 20 and set(gains) == {1}

@@ -1,5 +1,6 @@
 """FAULTS.md S17 and D22: a text does not depend on streaming, on speculation or on the company."""
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,16 +53,33 @@ def ask(served, i: int, stream: bool) -> str:
     return "".join(e["choices"][0]["text"] for e in tiny.events(answer.text))
 
 
+def watch_running(served) -> list[float]:
+    """A list that grows with every value of the gauge of running requests."""
+    metrics, seen = served.state["client"].metrics, []
+    step = metrics.step
+
+    def watch(before, gauges):
+        step(before, gauges)
+        found = re.search(rb"retort:num_requests_running\{.*\} (.*)", metrics.text())
+        seen.append(float(found[1]))
+
+    metrics.step = watch
+    return seen
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_64_clients_get_the_engines_texts(folder, texts, stream):
-    most = shown = 0
-    with tiny.in_process(folder) as served, ThreadPoolExecutor(CLIENTS) as pool:
+    with (
+        tiny.in_process(folder) as served,
+        ThreadPoolExecutor(CLIENTS) as pool,
+        tiny.held(served.engine, after=2) as go,
+    ):
         futures = [pool.submit(ask, served, i, stream) for i in range(CLIENTS)]
-        while not all(f.done() for f in futures):
-            most = max(most, len(served.worker._rows))
-            shown = max(shown, served.metric("num_requests_running"))
-        assert [f.result() for f in futures] == texts
-        assert most == shown == 8, "continuous batching did not fill the rows"
+        tiny.eventually(lambda: served.state["client"].rows == CLIENTS)
+        running = watch_running(served)
+        go.set()
+        assert [f.result(120) for f in futures] == texts
+        assert max(running) == 8, "continuous batching did not fill the rows"
         assert served.metric("spec_decode_num_accepted_tokens") > 0
         served.wait_idle()
 
@@ -71,12 +89,14 @@ def test_a_stream_begins_before_it_ends(folder):
     body = {"prompt": "the cat", "max_tokens": 100, "temperature": 0, "stream": True}
     body["ignore_eos"] = True
     with (
-        tiny.in_process(folder, delay=0.01) as served,
+        tiny.in_process(folder) as served,
+        tiny.held(served.engine, after=3) as go,
         served.http.stream("POST", "/v1/completions", json=body) as answer,
     ):
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
-        assert served.engine.has_unfinished()
+        assert served.engine.stats.steps == 3 and served.engine.has_unfinished()
+        go.set()
         assert "data: [DONE]" in list(lines)
 
 

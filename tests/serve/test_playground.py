@@ -51,11 +51,11 @@ def page(browser, served):
 
 @pytest.fixture
 def slow(served, monkeypatch):
-    """Steps of at least 20 ms, so that there is something to watch and to stop."""
+    """Steps of at least 40 ms, so that there is something to watch and to stop."""
     step = served.engine.step
 
     def call():
-        time.sleep(0.02)
+        time.sleep(0.04)
         return step()
 
     monkeypatch.setattr(served.engine, "step", call)
@@ -65,7 +65,7 @@ def do(browser, statement: str) -> None:
     browser.evaluate(f"(() => {{ {statement}; return null; }})()")
 
 
-def until(browser, expression: str, seconds: float = 20) -> None:
+def until(browser, expression: str, seconds: float = 60) -> None:
     tiny.eventually(lambda: browser.evaluate(f"Boolean({expression})"), seconds)
 
 
@@ -108,7 +108,7 @@ def test_a_prompt_streams_with_its_colours(page, served, slow):
     until(page, "panes[0].log.querySelector('.assistant')?.textContent.length > 3")
     partial = reply(page)
     assert page.evaluate(BUSY) == 1
-    until(page, f"{BUSY} === 0", 60)
+    until(page, f"{BUSY} === 0")
     messages = [{"role": "user", "content": "the cat sat on the mat"}]
     whole = served.post(
         "/v1/chat/completions", messages=messages, temperature=0, max_tokens=256
@@ -144,8 +144,8 @@ def test_four_rows_advance_on_their_own_clocks(page, served, slow):
     for row, words in enumerate(("the cat", "the old house", "don't they", "naïve 🙂 street")):
         write(page, row, words)
     key(page, "Enter", 13, modifiers=2)
-    tiny.eventually(lambda: served.metric("num_requests_running") == 4, 10)
-    until(page, f"{BUSY} === 0", 60)
+    tiny.eventually(lambda: served.metric("num_requests_running") == 4)
+    until(page, f"{BUSY} === 0")
     counts = page.evaluate("panes.map((p) => p.node.querySelector('[data-stat=step]').textContent)")
     assert len(counts) == 4 and all(float(count) >= 1 for count in counts)
     assert len({reply(page, row) for row in range(4)}) == 4
@@ -156,7 +156,7 @@ def test_speculation_can_be_switched_off(page, served):
     do(page, "$('speculation').checked = false; $('max-tokens').value = 40")
     write(page, 0, "the cat sat on the mat")
     key(page, "Enter", 13)
-    until(page, f"panes[0].messages.length === 2 && {BUSY} === 0", 30)
+    until(page, f"panes[0].messages.length === 2 && {BUSY} === 0")
     assert page.evaluate("document.querySelectorAll('.assistant .a').length") == 0
     assert page.evaluate("panes[0].node.querySelector('[data-stat=step]').textContent") == "1.00"
 

@@ -44,26 +44,25 @@ def stream(served, results: list, body: dict) -> threading.Thread:
     return thread
 
 
-def test_s11_sigterm_drains_and_leaves_nothing_behind(folder):
+def test_s11_sigterm_drains_and_leaves_nothing_behind(folder, tmp_path):
     """Running streams finish, new requests go elsewhere, exit code 0, no orphan, port free."""
-    with tiny.as_command(folder, "--drafter", "prompt-lookup", "--max-num-seqs", "4") as (
-        served,
-        process,
-    ):
+    flags = ("--drafter", "prompt-lookup", "--draft-budget", "4", "--shutdown-timeout", "200")
+    env = tiny.slow_steps(tmp_path, 0.04)
+    with tiny.as_command(folder, *flags, env=env) as (served, process):
         assert "Serving tiny on" in process.stdout.readline()
         worker = worker_of(process)
         assert served.complete(prompt="a secret sentence", max_tokens=3)["model"] == tiny.NAME
         results: list = []
         thread = stream(served, results, {**LONG, "n": 2})
-        tiny.eventually(lambda: served.metric("num_requests_running") == 2, 20)
+        tiny.eventually(lambda: served.metric("num_requests_running") == 2)
         process.send_signal(signal.SIGTERM)
         tiny.eventually(lambda: served.http.get("/health").status_code == 503)
         late = served.post("/v1/completions", prompt="x")
         assert late.status_code == 503 and late.headers["retry-after"]
-        thread.join(60)
+        thread.join(120)
         finished = [e["choices"][0]["finish_reason"] for e in results[0] if e["choices"]]
         assert finished.count("length") == 2, "the stream was not drained"
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert not alive(worker)
         with socket.create_server(("127.0.0.1", served.port)):
             pass
@@ -79,33 +78,34 @@ def test_s11_what_does_not_finish_ends_with_an_error(folder):
         tiny.eventually(lambda: served.state["client"].rows == 2)
         server.handle_exit(signal.SIGTERM, None)
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
         assert [r[-1]["error"]["code"] for r in results] == ["shutting_down"] * 2
 
 
-def test_s12_a_killed_engine_is_seen_and_answered(folder):
-    with tiny.as_command(folder, "--max-num-seqs", "64") as (served, process):
+def test_s12_a_killed_engine_is_seen_and_answered(folder, tmp_path):
+    env = tiny.slow_steps(tmp_path, 0.04)
+    with tiny.as_command(folder, "--max-num-seqs", "64", env=env) as (served, process):
         worker = worker_of(process)
         results: list = []
         threads = [stream(served, results, {**LONG, "n": 32, "logprobs": 5}) for _ in range(2)]
-        tiny.eventually(lambda: served.metric("num_requests_running") == 64, 30)
+        tiny.eventually(lambda: served.metric("num_requests_running") == 64)
         os.kill(worker, signal.SIGKILL)
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         assert [events[-1]["error"]["code"] for events in results] == ["engine_dead"] * 2
         assert served.http.get("/health").status_code == 503
         answer = served.post("/v1/completions", prompt="x")
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_dead"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_no_worker_outlives_its_server(folder):
     with tiny.as_command(folder) as (_, process):
         worker = worker_of(process)
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
-        tiny.eventually(lambda: not alive(worker), 20)
+        process.wait(60)
+        tiny.eventually(lambda: not alive(worker))
 
 
 def test_an_engine_killed_while_it_loads_is_one_clear_line(folder):
@@ -171,8 +171,8 @@ def test_a_drafter_that_does_not_fit_is_the_users_error(folder, tiny_llama):
 
 def test_help_is_quick_and_light(python):
     code = (
-        "import sys, time; t = time.perf_counter(); from retort.cli import run\n"
-        "run(['serve', '--help']); assert time.perf_counter() - t < 3\n"
+        "import sys, time; t = time.process_time(); from retort.cli import run\n"
+        "run(['serve', '--help']); assert time.process_time() - t < 3\n"
         "assert 'torch' not in sys.modules and 'starlette' not in sys.modules"
     )
     assert "--drafter" in python(code)

@@ -21,7 +21,7 @@ def together(served, bodies: list[dict]) -> list:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     return answers
 
 

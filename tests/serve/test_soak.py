@@ -40,7 +40,7 @@ def mixed(served, number: int) -> None:
 
 def settle(served) -> tuple[int, int, int]:
     served.wait_idle()
-    tiny.eventually(lambda: tasks(served) <= 4, 10)
+    tiny.eventually(lambda: tasks(served) <= 4)
     gc.collect()
     return descriptors(), threading.active_count(), tasks(served)
 
@@ -49,7 +49,7 @@ def tasks(served) -> int:
     async def count():
         return len(asyncio.all_tasks())
 
-    return asyncio.run_coroutine_threadsafe(count(), served.state["loop"]).result(10)
+    return asyncio.run_coroutine_threadsafe(count(), served.state["loop"]).result(60)
 
 
 def soak(folder, seconds: float, rounds: int) -> None:

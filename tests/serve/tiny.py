@@ -87,7 +87,7 @@ class Served:
 
     def __init__(self, url: str, engine: Engine | None = None, worker: Worker | None = None):
         self.url, self.engine, self.worker = url, engine, worker
-        self.http = httpx.Client(base_url=url, timeout=30, trust_env=False)
+        self.http = httpx.Client(base_url=url, timeout=120, trust_env=False)
 
     @property
     def port(self) -> int:
@@ -112,7 +112,7 @@ class Served:
                 total += float(line.rsplit(" ", 1)[1])
         return total
 
-    def wait_idle(self, seconds: float = 5) -> None:
+    def wait_idle(self, seconds: float = 60) -> None:
         """Wait until no row runs or waits."""
         eventually(
             lambda: self.metric("num_requests_running") + self.metric("num_requests_waiting") == 0,
@@ -120,7 +120,7 @@ class Served:
         )
 
 
-def eventually(condition, seconds: float = 30) -> None:
+def eventually(condition, seconds: float = 60) -> None:
     """Wait until ``condition()`` holds."""
     end = time.monotonic() + seconds
     while not condition():
@@ -135,16 +135,29 @@ def load_engine(folder: Path, **options) -> Engine:
     return Engine(load_model(folder), load_tokenizer(folder), **given)
 
 
-def slow_down(engine: Engine, seconds: float) -> Engine:
-    """Every pass takes so much longer, so that requests are seen at work on any machine."""
-    own = engine._pass
+@contextmanager
+def held(engine: Engine, after: int = 0):
+    """The engine makes ``after`` steps and then none, so that nothing ends before a test looks.
 
-    def slow() -> None:
-        time.sleep(seconds)
-        own()
+    Messages are taken all the while. Yields an event that lets it go on, as the end of the block
+    does; so no test needs to be faster than the engine.
+    """
+    step, go, made = engine.step, threading.Event(), 0
 
-    engine._pass = slow
-    return engine
+    def call():
+        nonlocal made
+        if made >= after and not go.is_set():
+            time.sleep(0.002)
+            return []
+        made += 1
+        return step()
+
+    engine.step = call
+    try:
+        yield go
+    finally:
+        go.set()
+        engine.step = step
 
 
 @contextmanager
@@ -153,14 +166,11 @@ def in_process(
     engine: Engine | None = None,
     limits: Limits | None = None,
     send_buffer: int | None = None,
-    delay: float = 0.0,
     **more,
 ):
     """A server whose engine runs in a thread of this process: quick to start, open to tampering."""
     limits = limits or Limits(max_num_seqs=8)
     engine = engine or load_engine(folder, max_batch_size=limits.max_num_seqs)
-    if delay:
-        slow_down(engine, delay)
     ours, theirs = socket.socketpair()
     worker = Worker(engine, Channel(theirs), Configure(NAME, max_num_seqs=limits.max_num_seqs))
     thread = threading.Thread(target=worker.run, daemon=True)
@@ -176,15 +186,15 @@ def in_process(
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     served = Served(url, engine, worker)
     try:
-        eventually(lambda: "server" in state and state["server"].started, 30)
+        eventually(lambda: "server" in state and state["server"].started)
         served.state = state
         yield served
     finally:
         served.http.close()
         if "server" in state:
             state["server"].should_exit = True
-        http.join(20)
-        thread.join(20)
+        http.join(60)
+        thread.join(60)
         engine.close()
 
 
@@ -202,6 +212,42 @@ async def _serve(folder, limits, connection, listener, state, more):
     await client.close()
 
 
+SLOW = """\
+import os, sys, time
+from importlib.machinery import PathFinder
+
+class Slow:
+    def find_spec(self, name, path, target=None):
+        if name != "retort.decode.engine":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+        def slowed(module):
+            load(module)
+            step = module.Engine.step
+            def call(self):
+                time.sleep(float(os.environ["TEST_STEP_SECONDS"]))
+                return step(self)
+            module.Engine.step = call
+        spec.loader.exec_module = slowed
+        return spec
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def slow_steps(folder: Path, seconds: float) -> dict[str, str]:
+    """Environment of a command whose engine takes so much longer for a step.
+
+    Processes of their own cannot be held; a step so long that nothing ends while a test looks is
+    put in where Python starts up.
+    """
+    (folder / "sitecustomize.py").write_text(SLOW)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path.rstrip(os.pathsep), "TEST_STEP_SECONDS": str(seconds)}
+
+
 @contextmanager
 def as_command(folder: Path, *flags: str, env: dict | None = None):
     """``retort serve`` as its users start it; yields the server and its process."""
@@ -217,7 +263,7 @@ def as_command(folder: Path, *flags: str, env: dict | None = None):
     )
     served = Served(f"http://127.0.0.1:{port}")
     try:
-        eventually(lambda: process.poll() is not None or _up(served), 120)
+        eventually(lambda: process.poll() is not None or _up(served), 240)
         assert process.poll() is None, process.stdout.read()
         yield served, process
     finally:
