@@ -8,6 +8,7 @@ import torch
 from retort.decode.engine import Engine
 from retort.decode.packed import PackedModel
 from retort.decode.padded import PaddedModel
+from retort.decode.request import SamplingParams
 from retort.ops import native
 from tests.decode.toys import prompts, toy
 
@@ -84,8 +85,9 @@ def test_a_row_that_needs_logits_does_not_change_the_others():
     model, texts = toy(dtype=torch.float32), prompts()
     with Engine(model, cpu_backend="native") as engine:
         alone = [o.token_ids for o in engine.generate(texts, max_new_tokens=12)]
-        ids = engine._add_all(texts, {"max_new_tokens": 12})
-        engine._add_all(texts[:1], {"max_new_tokens": 6, "do_sample": True})
+        greedy, drawn = {"max_new_tokens": 12}, {"max_new_tokens": 6, "do_sample": True}
+        ids = [engine.add_request(t, SamplingParams.build(**greedy)) for t in texts]
+        engine.add_request(texts[0], SamplingParams.build(**drawn))
         done = {}
         while engine.has_unfinished():
             done |= {o.request_id: o.token_ids for o in engine.step()}

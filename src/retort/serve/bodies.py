@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -11,6 +12,7 @@ from retort.serve.streaming import Disconnected
 
 MAX_BODY = 4 * 2**20
 SECONDS = 30.0
+LINGER = 5.0  # seconds for which the rest of a refused body is read and dropped
 
 
 async def read_body(request: Request, most: int = MAX_BODY, seconds: float = SECONDS) -> bytes:
@@ -24,11 +26,14 @@ async def read_body(request: Request, most: int = MAX_BODY, seconds: float = SEC
     if kind != "application/json":
         raise bad("the content type must be application/json")
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > most:
-        raise _too_large(most)
+    declared = int(length) if length.isdecimal() else 0
     try:
         async with asyncio.timeout(seconds):
-            return await _gather(request, most)
+            body = b"" if declared > most else await _gather(request, most)
+        if max(declared, len(body)) > most:
+            await _discard(request)
+            raise ApiError(413, f"the body is larger than {most} bytes")
+        return body
     except TimeoutError:
         raise ApiError(408, "the body did not arrive in time", retry=False) from None
     except ClientDisconnect:
@@ -36,13 +41,24 @@ async def read_body(request: Request, most: int = MAX_BODY, seconds: float = SEC
 
 
 async def _gather(request: Request, most: int) -> bytes:
+    """The body, or its beginning where it is larger than ``most``."""
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > most:
-            raise _too_large(most)
+            break
     return bytes(body)
 
 
-def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {most} bytes")
+async def _discard(request: Request) -> None:
+    """Read what the client is still sending.
+
+    A socket closed with unread input is reset, and a reset takes the answer with it before a client
+    that writes first and reads afterwards has seen it. A client that asks first has sent nothing.
+    """
+    if request.headers.get("expect", "").lower() == "100-continue":
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            async for _ in request.stream():
+                pass
