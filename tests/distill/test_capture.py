@@ -100,6 +100,19 @@ def test_the_loss_from_a_capture_is_that_of_the_live_signal_cut_and_rounded(made
         torch.testing.assert_close(ours, exact, rtol=2e-3, atol=2e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_sees_every_value(dtype):
+    model = llama(1).to(dtype)
+    before = capturing.fingerprint(model)
+    value = list(model.parameters())[2].view(-1)[-1:]
+    kept = value.clone()
+    value += 1
+    assert capturing.fingerprint(model) != before
+    value.copy_(kept)
+    assert capturing.fingerprint(model) == before
+
+
 def test_rows_that_count_nowhere_have_no_signal(made):
     inputs, mask = batch(rows()[:2])
     signal = CapturedTeacher(Capture(made)).signal(inputs, mask & False)

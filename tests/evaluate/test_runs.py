@@ -63,6 +63,15 @@ def test_a_killed_evaluation_judges_only_what_is_missing(place, tmp_path, monkey
     assert [name for name, _ in judged[3:]] == ["second", "second"] and len(found["cells"]) == 4
 
 
+@pytest.mark.parametrize("text", ["", '{"metrics": {', "[]", '{"metrics": {}}'])
+def test_a_damaged_cell_is_judged_again(place, tmp_path, text):
+    whole = table(place, tmp_path)["cells"]
+    files = sorted((tmp_path / "cells").iterdir())
+    files[0].write_text(text)
+    assert table(place, tmp_path)["cells"] == whole
+    assert json.loads(files[0].read_text())["metrics"]
+
+
 def test_a_cell_belongs_to_model_data_teacher_and_settings(place, tmp_path):
     names = {evaluating.cell_hash(place / "first", place / "qa.jsonl", None, SETTINGS)}
     names.add(evaluating.cell_hash(place / "second", place / "qa.jsonl", None, SETTINGS))

@@ -247,11 +247,12 @@ def _facts(
 
 
 def fingerprint(model: Any) -> str:
-    """Hash of every parameter's name, shape and first 64 values: another checkpoint differs."""
+    """Hash of every parameter's name, shape and bytes: another checkpoint differs."""
     made = hashlib.sha256()
     for name, value in model.named_parameters():
-        made.update(f"{name}{tuple(value.shape)}".encode())
-        made.update(value.detach().flatten()[:64].double().cpu().numpy().tobytes())
+        made.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        made.update(flat.view(torch.uint8).numpy())
     return made.hexdigest()
 
 

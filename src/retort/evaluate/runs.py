@@ -127,16 +127,26 @@ def evaluate_runs(
         for path in data:
             name = cell_hash(folder, path, guide, settings)
             file = output / "cells" / f"{name}.json"
-            if not file.is_file():
+            if (found := _judged(file)) is None:
                 say(f"{run} on {path.stem}")
-                write_json(file, judge.judge(rows[path]))
-            found = json.loads(file.read_text("utf-8"))
+                found = judge.judge(rows[path])
+                write_json(file, found)
             cells.append(
                 {"run": run, "seed": run_seed(run), "dataset": path.stem, "cell": name, **found}
             )
         judge.close()
     record = Provenance.collect({**asdict(settings), "runs": list(runs)}, {"seed": settings.seed})
     return {"cells": cells, "teacher": teacher, "provenance": record.to_dict()}
+
+
+def _judged(file: Path) -> dict[str, Any] | None:
+    """A cell that was judged before; None for one that is missing or damaged."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(found, dict) and {"prompts", "metrics", "scores"} <= found.keys()
+    return found if whole else None
 
 
 def compare(table: dict[str, Any], baseline: str) -> list[Comparison]:
