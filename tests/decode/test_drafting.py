@@ -2,7 +2,6 @@
 
 import pytest
 
-import retort.decode.verify as verify_module
 from retort.decode.engine import Engine
 from retort.decode.request import SamplingParams
 from retort.errors import ConfigurationError
@@ -64,20 +63,42 @@ def test_a_bad_drafter_costs_speed_and_nothing_else(make):
         assert [o.token_ids for o in engine.generate(texts, max_new_tokens=NEW)] == expected
 
 
-def test_a_fault_in_one_row_ends_that_row_alone(monkeypatch):
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True}], ids=str)
+def test_a_fault_in_one_row_ends_that_row_alone(sampling):
     model, texts = toy(eos_token_id=None), prompts((6, 9, 4))
-    expected = [reference(model, p, max_new_tokens=NEW) for p in texts]
-    inner = verify_module._verify_row
+    with Engine(model) as engine:
+        expected = [o.token_ids for o in engine.generate(texts, max_new_tokens=NEW, **sampling)]
 
-    def faulty(request, *rest):
-        if request.index == 1 and len(request.output) >= 5:
+    def faulty(tokens, scores):
+        if len(tokens) >= len(texts[1]) + 5:
             raise ValueError("boom")
-        return inner(request, *rest)
+        return scores
 
-    monkeypatch.setattr(verify_module, "_verify_row", faulty)
+    def params(i):
+        return SamplingParams(
+            max_new_tokens=NEW, logits_processors=[faulty] if i == 1 else [], **sampling
+        )
+
     with Engine(model, drafter="prompt-lookup") as engine:
-        outputs = engine.generate(texts, max_new_tokens=NEW)
+        ids = [engine.add_request(p, params(i)) for i, p in enumerate(texts)]
+        done = _finish(engine)
         assert engine.target.cache.rows == ()
+    outputs = [done[i] for i in ids]
     assert [o.token_ids for o in outputs][::2] == expected[::2]
     assert (outputs[1].finish_reason, outputs[1].error) == ("error", "ValueError: boom")
     assert outputs[1].token_ids == expected[1][: len(outputs[1].token_ids)]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("-inf")])
+def test_a_row_from_which_nothing_can_be_drawn_ends_alone(wrong):
+    model, texts = toy(eos_token_id=None), prompts((6, 9, 4))
+    options = {"max_new_tokens": NEW, "do_sample": True}
+    with Engine(model) as engine:
+        expected = [o.token_ids for o in engine.generate(texts, **options)]
+        bad = [lambda tokens, scores: scores * 0 + wrong]
+        given = [SamplingParams(logits_processors=bad * (i == 1), **options) for i in range(3)]
+        ids = [engine.add_request(p, g) for p, g in zip(texts, given, strict=True)]
+        done = _finish(engine)
+    outputs = [done[i] for i in ids]
+    assert [o.token_ids for o in outputs] == [expected[0], [], expected[2]]
+    assert outputs[1].finish_reason == "error" and "finite score" in outputs[1].error

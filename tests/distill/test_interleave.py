@@ -95,15 +95,15 @@ def test_a_wider_students_vocabulary_is_cut():
 
 @pytest.mark.parametrize("top_k", [0, 25])
 def test_a_row_that_fails_ends_the_step_and_trains_nothing(monkeypatch, top_k):
-    from retort.decode import verify
+    from retort.decode import stopping
 
-    whole = verify._verify_row
+    whole = stopping._ends
 
-    def failing(request, *rest):
+    def failing(request, token):
         if request.index == 1 and len(request.output) == 2:
             raise ValueError("not a number")
-        return whole(request, *rest)
+        return whole(request, token)
 
-    monkeypatch.setattr(verify, "_verify_row", failing)
+    monkeypatch.setattr(stopping, "_ends", failing)
     with pytest.raises(RetortError, match=r"row 1 .*not a number"):
         write(*models(), top_k)

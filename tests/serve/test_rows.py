@@ -31,18 +31,18 @@ def bodies():
 
 
 def test_s13_a_fault_in_one_rows_step_is_that_rows_alone(folder, bodies, monkeypatch):
-    from retort.decode import verify
+    from retort.decode import stopping
 
     with tiny.in_process(folder) as served:
         expected = [served.complete(**b)["choices"][0]["text"] for b in bodies]
-        choose = verify._verify_row
+        ends = stopping._ends
 
-        def faulty(request, *rest, **more):
+        def faulty(request, token):
             if request.params.seed == 666 and len(request.output) > 10:
                 raise RuntimeError("a fault in /secret/place.py")
-            return choose(request, *rest, **more)
+            return ends(request, token)
 
-        monkeypatch.setattr(verify, "_verify_row", faulty)
+        monkeypatch.setattr(stopping, "_ends", faulty)
         answers = together(served, [{**bodies[0], "seed": 666}, *bodies])
         assert answers[0].status_code == 500 and "secret" not in answers[0].text
         assert answers[0].json()["error"]["type"] == "server_error"

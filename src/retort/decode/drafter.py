@@ -9,10 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from retort.decode.choosing import Place, choose
 from retort.decode.draft import Draft, DraftContext
 from retort.decode.packed import PackedModel
-from retort.decode.processors import is_plain, shape_scores
-from retort.decode.sampling import DRAFT, TOKEN, draw
+from retort.decode.processors import warp
+from retort.decode.sampling import DRAFT, TOKEN
 from retort.decode.support import check_supported
 from retort.errors import ConfigurationError
 
@@ -140,9 +141,8 @@ class ModelDrafter:
             started, short = time.perf_counter(), all(len(feeds[i]) <= 2 for i in ids)
             logits = self._forward(ids, feeds)
             seconds += [time.perf_counter() - started] if short else []
-            best = torch.argmax(logits, -1).tolist()
-            for writing, row, token in zip(active, logits, best, strict=True):
-                feeds[writing.context.request_id] = [writing.choose(row, token)]
+            for writing, token in zip(active, _write(active, logits), strict=True):
+                feeds[writing.context.request_id] = [token]
             active = [w for w in active if len(w.tokens) < w.context.limit]
         self.pass_seconds = sum(seconds) / len(seconds) if seconds else None
         return [w.draft for w in writings]
@@ -187,30 +187,39 @@ class _Writing:
     def __init__(self, context: DraftContext) -> None:
         self.context = context
         self.tokens: list[int] = []
-        self._probs: list[Tensor] = []
+        self.probs: list[Tensor] = []
 
-    def choose(self, logits: Tensor, best: int) -> int:
-        """Add the next token; ``best`` is the argmax of ``logits`` ``[vocab]``."""
-        context, params = self.context, self.context.params
-        prompt = context.tokens[: context.prompt_length]
-        output = [*context.tokens[context.prompt_length :], *self.tokens]
-        token = best
-        if not is_plain(params, len(output)):
-            scores = shape_scores(logits, params, prompt, output, context.eos, drafting=True)
-            token = self._draw(scores, len(output)) if params.do_sample else int(scores.argmax())
-        self.tokens.append(token)
-        return token
+    @property
+    def place(self) -> Place:
+        """Where the next token is chosen."""
+        c = self.context
+        output = [*c.tokens[c.prompt_length :], *self.tokens]
+        return Place(c.params, c.tokens[: c.prompt_length], output, c.eos, c.key)
 
     @property
     def draft(self) -> Draft:
         """What was written, with q where tokens were drawn with noise of their own."""
-        return Draft(self.tokens, torch.stack(self._probs) if self._probs else None)
+        return Draft(self.tokens, torch.stack(self.probs) if self.probs else None)
 
-    def _draw(self, scores: Tensor, index: int) -> int:
-        if self.context.coupled:
-            return int(draw(scores, self.context.key, index, TOKEN))
-        self._probs.append(scores.softmax(-1))
-        return int(draw(scores, self.context.key, index, DRAFT))
+
+def _write(writings: Sequence[_Writing], logits: Tensor) -> list[int]:
+    """Add a token to each draft, chosen as the target chooses; ``logits`` ``[rows, vocab]``."""
+    tokens, places = torch.argmax(logits, -1).tolist(), [w.place for w in writings]
+    shaped = [i for i, place in enumerate(places) if not place.plain]
+    if shaped:
+        scores = logits[shaped].to(torch.float64)
+        for each, i in zip(scores, shaped, strict=True):
+            places[i].adjust(each, drafting=True)
+        scores = warp(scores, [places[i].params for i in shaped])
+        coupled = writings[0].context.coupled
+        drawn = choose(scores, [places[i] for i in shaped], TOKEN if coupled else DRAFT)
+        for each, i, token in zip(scores, shaped, drawn, strict=True):
+            tokens[i] = token
+            if places[i].params.do_sample and not coupled:
+                writings[i].probs.append(each.softmax(-1))
+    for writing, token in zip(writings, tokens, strict=True):
+        writing.tokens.append(token)
+    return tokens
 
 
 def build_drafter(drafter: Any, target: Any) -> Drafter | None:

@@ -1,11 +1,13 @@
 """What shapes the distribution that a token comes from, in the order of transformers' generate.
 
-Bias, penalties, forbidden words, minimum length, the caller's own processors; then, when
-sampling, temperature, top-k, top-p and min-p. Target and drafts go through the same functions.
+Bias, penalties, forbidden words, minimum length, the caller's own processors, row by row; then,
+when sampling, temperature, top-k, top-p and min-p, for many rows at once. Target and drafts go
+through the same functions, and a row's scores are the same bits alone and in any batch.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 import torch
@@ -31,6 +33,19 @@ def shape_scores(
         drafting: go through what the caller's processors have ``for_drafts`` instead of them.
     """
     scores = logits.to(torch.float64, copy=True)
+    adjust(scores, params, prompt, output, eos, drafting)
+    return warp(scores[None], [params])[0]
+
+
+def adjust(
+    scores: Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    eos: Collection[int],
+    drafting: bool = False,
+) -> None:
+    """What depends on a row's own text, in place on its ``scores`` ``[vocab]``."""
     for token, bias in (params.logit_bias or {}).items():
         scores[token] += bias
     _penalise(scores, params, prompt, output)
@@ -40,8 +55,26 @@ def shape_scores(
     for process in params.logits_processors:
         chosen = getattr(process, "for_drafts", None) if drafting else process
         if chosen is not None:
-            scores = chosen([*prompt, *output], scores)
-    return truncate(scores / params.temperature, params) if params.do_sample else scores
+            scores.copy_(chosen([*prompt, *output], scores))
+
+
+def warp(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Temperature and truncation of the rows that sample; rows of equal settings go together.
+
+    Args:
+        scores: float64 ``[rows, vocab]``, overwritten.
+        params: of each row.
+    """
+    heat = [p.temperature if p.do_sample else 1.0 for p in params]
+    if set(heat) != {1.0}:
+        scores /= torch.tensor(heat, dtype=scores.dtype, device=scores.device)[:, None]
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for row, each in enumerate(params):
+        if each.do_sample and (each.top_k, each.top_p, each.min_p) != (0, 1.0, 0.0):
+            alike[each.top_k, each.top_p, each.min_p].append(row)
+    for rows in alike.values():
+        scores[rows] = truncate(scores[rows], params[rows[0]])
+    return scores
 
 
 def is_plain(params: SamplingParams, generated: int) -> bool:
@@ -73,14 +106,19 @@ def truncate(scores: Tensor, params: SamplingParams) -> Tensor:
 
 def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     """Keep the tokens before which less than ``top_p`` of the mass lies."""
-    probs = scores.softmax(-1)
-    for width in (min(_NUCLEUS, scores.shape[-1]), scores.shape[-1]):
-        mass, order = probs.topk(width)
-        before = mass.cumsum(-1) - mass
-        if (before[..., -1] >= top_p).all():
-            break
-    keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < top_p)
-    return scores.masked_fill(~keep, -torch.inf)
+    probs = scores.softmax(-1).reshape(-1, scores.shape[-1])
+    keep, covered = _likeliest(probs, top_p, min(_NUCLEUS, probs.shape[-1]))
+    if not covered.all():  # a row alone decides for itself, so that company changes nothing
+        keep[~covered] = _likeliest(probs[~covered], top_p, probs.shape[-1])[0]
+    return scores.masked_fill(~keep.view(scores.shape), -torch.inf)
+
+
+def _likeliest(probs: Tensor, top_p: float, width: int) -> tuple[Tensor, Tensor]:
+    """Which tokens to keep of ``probs`` ``[rows, vocab]``, and whether ``width`` were enough."""
+    mass, order = probs.topk(width)
+    before = mass.cumsum(-1) - mass
+    keep = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before < top_p)
+    return keep, before[:, -1] >= top_p
 
 
 def _penalise(

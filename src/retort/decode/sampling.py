@@ -25,14 +25,24 @@ Number = int | Tensor
 
 
 def draw(scores: Tensor, key: Number, index: Number, stream: int = TOKEN) -> Tensor:
-    """Tokens ``[...]`` from ``softmax(scores)``: ``argmax(scores + g)``.
+    """Tokens ``[...]`` from ``softmax(scores)``: ``argmax(scores + g)``; −1 where none can be.
+
+    A row's token is the same alone and in any batch.
 
     Args:
         scores: ``[vocab]``, or ``[n, vocab]`` with n keys.
         key, index: numbers, or int64 ``[n, 1]``.
     """
-    kept = (scores > -torch.inf).reshape(-1, scores.shape[-1]).any(0).nonzero()[:, 0]
-    return kept[torch.argmax(scores[..., kept] + gumbel(key, index, kept, stream), -1)]
+    possible = scores > -torch.inf  # false for NaN, too
+    kept = possible.reshape(-1, scores.shape[-1]).any(0).nonzero()[:, 0]
+    if len(kept) == 0:
+        return torch.full(scores.shape[:-1], -1, device=scores.device)
+    if len(kept) < scores.shape[-1]:
+        scores, possible = scores[..., kept], possible[..., kept]
+    total = gumbel(key, index, kept, stream) + scores
+    if not possible.all():
+        total.masked_fill_(~possible, -torch.inf)
+    return torch.where(possible.any(-1), kept[torch.argmax(total, -1)], -1)
 
 
 def judge(scores: Tensor, q: Tensor, draft: Tensor, key: Number, index: Number) -> Tensor:
@@ -78,42 +88,43 @@ def one_hot(draft: Tensor, like: Tensor) -> Tensor:
 
 def gumbel(key: Number, index: Number, tokens: Tensor, stream: int = TOKEN) -> Tensor:
     """Standard Gumbel noise, float64, a pure function of (key, index, stream, token id)."""
-    return -torch.log(-torch.log(_uniform(_bits(key, index, tokens, stream))))
+    return _uniform(_bits(key, index, tokens, stream)).log_().neg_().log_().neg_()
 
 
 def stream_key(seed: int, sample: int = 0, round_: int = 0) -> int:
     """The key of one of ``n`` samples, and of one round of rewinding; ``seed`` itself for 0, 0."""
     if sample == round_ == 0:
         return seed
-    mixed = _mix(_mix(_int64(seed)) + _wrap(sample * _GOLDEN))
-    return int(_mix(mixed + _wrap(round_ * _GOLDEN + 1)))
+    mixed = _mix(_mix(_int64(seed)) + wrap(sample * _GOLDEN))
+    return int(_mix(mixed + wrap(round_ * _GOLDEN + 1)))
 
 
 def _bits(key: Number, index: Number, tokens: Tensor, stream: int) -> Tensor:
-    state = _mix(_mix(_int64(key) * _GOLDEN + _int64(index)) + _wrap(stream * _GOLDEN))
-    return _mix(_mix(tokens.to(torch.int64) * _GOLDEN + state.to(tokens.device)) + _GOLDEN)
+    state = _mix(_mix(_int64(key) * _GOLDEN + _int64(index)) + wrap(stream * _GOLDEN))
+    return _mix(tokens.to(torch.int64) * _GOLDEN + (state + _GOLDEN).to(tokens.device))
 
 
 def _uniform(bits: Tensor) -> Tensor:
     """53-bit uniforms inside (0, 1)."""
-    return (_shift(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
+    return _shift(bits, 11).to(torch.float64).add_(0.5).mul_(2.0**-53)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser in wrapping int64 arithmetic."""
-    x = (x ^ _shift(x, 30)) * _MIX[0]
-    x = (x ^ _shift(x, 27)) * _MIX[1]
-    return x ^ _shift(x, 31)
+    """The splitmix64 finaliser in wrapping int64 arithmetic, in place."""
+    x.bitwise_xor_(_shift(x, 30)).mul_(_MIX[0])
+    x.bitwise_xor_(_shift(x, 27)).mul_(_MIX[1])
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _int64(number: Number) -> Tensor:
-    return number if isinstance(number, Tensor) else torch.tensor(_wrap(number))
+    return number if isinstance(number, Tensor) else torch.tensor(wrap(number))
 
 
-def _wrap(number: int) -> int:
+def wrap(number: int) -> int:
+    """A whole number as signed 64 bits."""
     return (number + 2**63) % 2**64 - 2**63

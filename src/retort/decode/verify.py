@@ -4,6 +4,7 @@ A position is looked at only when every draft before it stands, so its context i
 text: processors see what plain decoding would show them, once for each token. Greedy and `coupled`
 rows compute the target's own token and compare; `rejection` weighs p against q. Either way the
 first token that differs from its draft (or the one after the last draft) ends the row's gain.
+The first position of all rows is decided together, then the second of those that still stand.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from retort.decode.choosing import Place, choose, noise_of, pick
 from retort.decode.draft import Draft, row_key
-from retort.decode.processors import is_plain, shape_scores
+from retort.decode.processors import is_plain, warp
 from retort.decode.request import Request
-from retort.decode.sampling import draw, judge, one_hot
+from retort.decode.sampling import judge, one_hot
 from retort.decode.scoring import entries
 
 RULES = ("coupled", "rejection")
@@ -37,12 +39,16 @@ def verify(
     A row whose processing fails gains nothing and gets the finish reason "error".
     """
     best = (torch.argmax(logits, -1) if logits.is_floating_point() else logits).tolist()
-    emitted, at = [], 0
-    for request, draft in zip(requests, drafts, strict=True):
-        end = at + len(draft) + 1
-        emitted.append(_guarded(request, draft, logits[at:end], best[at:end], rule))
-        at = end
-    return emitted
+    rows = _line_up(requests, drafts)
+    while standing := [row for row in rows if row.stands]:
+        shaped = [row for row in standing if not row.place.plain]
+        for row in standing:
+            if row not in shaped:
+                row.take(best[row.at])
+        _weigh(shaped, logits, rule)
+    for row in rows:
+        row.record_logprobs(logits)
+    return [row.tokens for row in rows]
 
 
 def greedy(request: Request) -> bool:
@@ -52,48 +58,103 @@ def greedy(request: Request) -> bool:
     return not scored and is_plain(params, len(request.output))
 
 
-def _guarded(
-    request: Request, draft: Draft, logits: Tensor, best: list[int], rule: str
-) -> list[int]:
-    """A fault in one row's processing ends that row alone."""
-    try:
-        return _verify_row(request, draft, logits, best, rule)
-    except Exception as error:
-        request.finish_reason, request.error = "error", f"{type(error).__name__}: {error}"
-        return []
+class _Row:
+    """One row's verification: what it gained so far, and the position that is looked at next."""
+
+    def __init__(self, request: Request, draft: Draft, start: int) -> None:
+        self.request, self.draft, self.start = request, draft, start
+        self.tokens: list[int] = []
+        self.stands = True
+
+    @property
+    def at(self) -> int:
+        """Where the logits of the position lie."""
+        return self.start + len(self.tokens)
+
+    @property
+    def guess(self) -> int | None:
+        """The draft's token; None after its last."""
+        n = len(self.tokens)
+        return self.draft.tokens[n] if n < len(self.draft) else None
+
+    @property
+    def place(self) -> Place:
+        """The position's context: the row's true text."""
+        request = self.request
+        output = request.output + self.tokens
+        return Place(request.params, request.prompt, output, request.eos, row_key(request))
+
+    @property
+    def judged(self) -> bool:
+        """Whether the position has a guess that `rejection` may accept."""
+        return self.request.params.do_sample and self.guess is not None
+
+    def take(self, token: int) -> None:
+        """The position's token is decided."""
+        if token < 0:
+            self.fail(ValueError("no token has a finite score"))
+            return
+        self.stands = token == self.guess
+        self.tokens.append(token)
+
+    def fail(self, error: Exception) -> None:
+        """A fault in one row's processing ends that row alone."""
+        self.request.finish_reason = "error"
+        self.request.error = f"{type(error).__name__}: {error}"
+        self.tokens, self.stands = [], False
+
+    def adjust(self, scores: Tensor) -> None:
+        """Shape ``scores`` ``[vocab]`` by the row's text."""
+        try:
+            self.place.adjust(scores)
+        except Exception as error:
+            self.fail(error)
+
+    def q(self, like: Tensor) -> Tensor:
+        """The distribution ``[vocab]`` that the guess was drawn from."""
+        if self.draft.probs is not None:
+            return self.draft.probs[len(self.tokens)].to(like)
+        return one_hot(torch.tensor([self.guess], device=like.device), like)
+
+    def record_logprobs(self, logits: Tensor) -> None:
+        """Log-probabilities of the tokens gained, where asked for."""
+        wanted = self.request.params.logprobs
+        if wanted is not None:
+            self.request.logprobs += entries(logits[self.start :], self.tokens, wanted)
 
 
-def _verify_row(
-    request: Request, draft: Draft, logits: Tensor, best: list[int], rule: str
-) -> list[int]:
-    tokens: list[int] = []
-    for i, guess in enumerate([*draft.tokens, None]):
-        output = request.output + tokens
-        if is_plain(request.params, len(output)):
-            token = best[i]
-        else:
-            scores = shape_scores(logits[i], request.params, request.prompt, output, request.eos)
-            token = _token(request, scores, len(output), draft, i, rule)
-        tokens.append(token)
-        if token != guess:
-            break
-    _record_logprobs(request, logits, tokens)
+def _line_up(requests: Sequence[Request], drafts: Sequence[Draft]) -> list[_Row]:
+    rows, start = [], 0
+    for request, draft in zip(requests, drafts, strict=True):
+        rows.append(_Row(request, draft, start))
+        start += 1 + len(draft)
+    return rows
+
+
+def _weigh(rows: list[_Row], logits: Tensor, rule: str) -> None:
+    """Decide one position of each row by its shaped scores; ``logits`` are of the whole pass."""
+    if not rows:
+        return
+    scores = logits[[row.at for row in rows]].to(torch.float64)
+    for row, each in zip(rows, scores, strict=True):
+        row.adjust(each)
+    kept = [i for i, row in enumerate(rows) if row.stands]
+    scores, rows = pick(scores, kept), [rows[i] for i in kept]
+    scores = warp(scores, [row.request.params for row in rows])
+    for row, token in zip(rows, _tokens(rows, scores, rule), strict=True):
+        row.take(token)
+
+
+def _tokens(rows: Sequence[_Row], scores: Tensor, rule: str) -> list[int]:
+    """The target's own token of each row; by `rejection` the guess where that is accepted."""
+    places = [row.place for row in rows]
+    judged = [i for i, row in enumerate(rows) if rule == "rejection" and row.judged]
+    tokens = choose(scores, places) if len(judged) < len(rows) else [0] * len(rows)
+    if judged:
+        part = scores[judged]
+        q = torch.stack([rows[i].q(part[0]) for i in judged])
+        guesses = torch.tensor([[rows[i].guess] for i in judged], device=part.device)
+        noise = noise_of([places[i] for i in judged], part.device)
+        for i, token in zip(judged, judge(part, q, guesses, *noise).tolist(), strict=True):
+            tokens[i] = token
     return tokens
-
-
-def _token(
-    request: Request, scores: Tensor, index: int, draft: Draft, place: int, rule: str
-) -> int:
-    """The row's token at one position; ``scores`` is ``[vocab]``."""
-    if not request.params.do_sample:
-        return int(torch.argmax(scores))
-    if rule == "coupled" or place == len(draft):
-        return int(draw(scores, row_key(request), index))
-    guess = torch.tensor([draft.tokens[place]], device=scores.device)
-    q = one_hot(guess, scores) if draft.probs is None else draft.probs[place].to(scores)
-    return int(judge(scores, q, guess, row_key(request), index))
-
-
-def _record_logprobs(request: Request, logits: Tensor, tokens: list[int]) -> None:
-    if request.params.logprobs is not None:
-        request.logprobs += entries(logits, tokens, request.params.logprobs)
