@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from retort.ops import native
 from retort.ops.linear import gated, pack, packed_linear, packed_linears
+from retort.ops.pages import LargePages
 from retort.provenance import Provenance, write_json
 
 # hidden, query and key/value widths, intermediate width, layers, vocabulary
@@ -48,8 +50,8 @@ class Step:
         self.fused = {p: self._fuse(p) for p in ("float32", "bfloat16")}
 
     def _pack(self, precision):
-        layers = [[pack(w, precision=precision) for w in layer] for layer in self.layers]
-        return layers, pack(self.head, precision=precision)
+        keep = partial(pack, precision=precision, pages=LargePages())
+        return [[keep(w) for w in layer] for layer in self.layers], keep(self.head)
 
     def _fuse(self, precision):
         layers, head = self.packed[precision]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from retort.errors import ConfigurationError
 from retort.ops import native
 from retort.ops.native import abi
+from retort.ops.pages import LargePages
 
 PANEL = 32
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -61,13 +62,20 @@ class PackedWeight:
         return ctypes.addressof(self.layer)
 
 
-def pack(weight: Tensor, bias: Tensor | None = None, *, precision: str = "auto") -> PackedWeight:
+def pack(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    precision: str = "auto",
+    pages: LargePages | None = None,
+) -> PackedWeight:
     """Pack ``weight`` ``[n, k]``.
 
     Args:
         weight: float32 or a half type, on the CPU.
         bias: ``[n]`` or None.
         precision: ``"float32"``, ``"bfloat16"`` (rounds), or ``"auto"``: bf16 where it is exact.
+        pages: where the packed weight goes; memory of its own if None.
 
     Raises:
         ConfigurationError: shapes, types, device or precision are not as above.
@@ -76,7 +84,7 @@ def pack(weight: Tensor, bias: Tensor | None = None, *, precision: str = "auto")
     rows = weight.detach()
     half = precision == "bfloat16" or (precision == "auto" and _is_bf16(rows))
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous().clone()
-    panels = _to_panels(rows.to(torch.bfloat16 if half else torch.float32))
+    panels = _to_panels(rows.to(torch.bfloat16 if half else torch.float32), pages)
     return PackedWeight(panels, weight.shape[0], bias)
 
 
@@ -248,14 +256,17 @@ def _is_bf16(rows: Tensor) -> bool:
     return all(bool((part.to(torch.bfloat16).to(part.dtype) == part).all()) for part in parts)
 
 
-def _to_panels(rows: Tensor) -> Tensor:
+def _to_panels(rows: Tensor, pages: LargePages | None) -> Tensor:
     n, k = rows.shape
     panels = -(-n // PANEL)
     missing = panels * PANEL - n
     rows = (F.pad(rows, (0, 0, 0, missing)) if missing else rows).reshape(panels, PANEL, k)
     if rows.dtype == torch.bfloat16:
         rows = rows.view(panels, 2, 16, k).transpose(1, 2).reshape(panels, PANEL, k)
-    return rows.transpose(1, 2).contiguous()
+    columns = rows.transpose(1, 2)
+    if pages is None:
+        return columns.contiguous()
+    return pages.take(columns.shape, rows.dtype).copy_(columns)
 
 
 def _check_weight(weight: Tensor, bias: Tensor | None, precision: str) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from retort.errors import ConfigurationError
 from retort.ops import native
 from retort.ops.linear import pack, packed_linear, unpack
+from retort.ops.pages import LargePages
 
 
 class PackedLinear(nn.Module):
@@ -30,14 +31,16 @@ class PackedLinear(nn.Module):
 
     Args:
         source: an ``nn.Linear`` or a transformers ``Conv1D``.
-        precision: as in `retort.ops.linear.pack`.
+        precision, pages: as in `retort.ops.linear.pack`.
     """
 
     source: Any
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, source: Any, precision: str = "auto") -> None:
+    def __init__(
+        self, source: Any, precision: str = "auto", pages: LargePages | None = None
+    ) -> None:
         super().__init__()
         self.__dict__["source"] = source  # not a child: the tree keeps its names
         self.weight, self.bias = source.weight, source.bias
@@ -45,7 +48,7 @@ class PackedLinear(nn.Module):
         self.precision = precision
         self.trainable = self.weight.requires_grad
         self.training = source.training
-        self.refresh()
+        self.refresh(pages)
 
     @property
     def in_features(self) -> int:
@@ -57,11 +60,11 @@ class PackedLinear(nn.Module):
         """Outputs of the layer."""
         return self.packed.n
 
-    def refresh(self) -> None:
+    def refresh(self, pages: LargePages | None = None) -> None:
         """Pack the present weights again, after an optimiser or a loader changed them."""
         if self.weight.is_meta:
             raise ConfigurationError("the original weights were released: nothing to pack again")
-        self.packed = pack(self._matrix(), self.bias, precision=self.precision)
+        self.packed = pack(self._matrix(), self.bias, precision=self.precision, pages=pages)
 
     def release(self) -> None:
         """Drop the original weight; the packed one remains and `restore` unpacks it."""
@@ -124,8 +127,9 @@ class PackedLinears:
 
     def refresh(self) -> None:
         """Pack all layers again after a weight update (rollouts during training)."""
+        pages = LargePages()
         for module in self.packed.values():
-            module.refresh()
+            module.refresh(pages)
 
     def restore(self) -> None:
         """Put every original module back; released weights are unpacked, ties kept."""
@@ -159,14 +163,14 @@ def pack_linears(
         ConfigurationError: the native core is not available or a weight is not on the CPU.
     """
     native.library()
-    handle = PackedLinears()
+    handle, pages = PackedLinears(), LargePages()
     made: dict[int, PackedLinear] = {}
     for prefix, parent in list(model.named_modules()):
         for name, child in list(parent._modules.items()):
             path = f"{prefix}.{name}" if prefix else name
             reason = "" if child is None else _objection(child)
             if reason is None:
-                module = made.get(id(child)) or PackedLinear(child, precision)
+                module = made.get(id(child)) or PackedLinear(child, precision, pages)
                 made[id(child)] = module
                 handle.packed[path] = module
                 handle.places.append((weakref.ref(parent), name, module))

@@ -65,17 +65,32 @@ def test_a_row_has_the_same_bits_in_any_company(isa, threads, n, k, precision):
             assert torch.equal(packed_linear(x[:m], weight)[kept], alone[: len(kept)]), m
 
 
-def test_several_layers_in_one_call_have_the_bits_of_separate_calls(isa, threads):
+def layer(n, bf16=False):
+    weight = torch.randn(n, 40)
+    return pack(weight.bfloat16() if bf16 else weight, torch.randn(n))
+
+
+# Alike, gated alike, of two storage types, gated and not.
+TOGETHER = {
+    "plain": lambda: [layer(70), layer(33), layer(200)],
+    "gated": lambda: [gated(layer(50), layer(50)), gated(layer(97), layer(97))],
+    "mixed storage": lambda: [layer(70), layer(33, bf16=True), layer(64)],
+    "mixed gate": lambda: [gated(layer(50), layer(50, bf16=True))],
+    "all": lambda: [layer(70), layer(33, bf16=True), gated(layer(50), layer(50))],
+}
+
+
+@pytest.mark.parametrize("kind", TOGETHER)
+@pytest.mark.parametrize("rows", [1, 3, 5, 18])
+def test_several_layers_in_one_call_have_the_bits_of_separate_calls(isa, threads, kind, rows):
     torch.manual_seed(0)
-    weights = [
-        pack(torch.randn(70, 40), torch.randn(70)),
-        pack(torch.randn(33, 40).bfloat16().float()),
-        gated(pack(torch.randn(50, 40)), pack(torch.randn(50, 40))),
-    ]
-    x = torch.randn(2, 9, 40)
+    weights = TOGETHER[kind]()
+    x = torch.randn(1, rows, 40)
     for got, weight in zip(packed_linears(x, weights), weights, strict=True):
-        assert got.shape == (2, 9, weight.n)
+        assert got.shape == (1, rows, weight.n)
         assert torch.equal(got, packed_linear(x, weight))
+        for i in range(rows):
+            assert torch.equal(got[:, i : i + 1], packed_linear(x[:, i : i + 1], weight))
 
 
 def test_argmax_names_the_first_largest_logit(isa, threads):

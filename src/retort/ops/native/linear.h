@@ -12,11 +12,14 @@ namespace RETORT_ISA {
 constexpr int PANEL = 32;
 constexpr int GROUPS = 16 / W;           // a group: W columns from g * W, and W from 16 + g * W
 constexpr int ROWS = W == 16 ? 12 : 6;   // rows of a tile: the accumulators fill the registers
+constexpr int SIDE = W == 16 ? 6 : 0;    // most rows for which two panels go side by side
 constexpr int64_t BLOCK_BYTES = 400000;  // input rows that share the second-level cache with panels
 
+// AHEAD: steps of k that the prefetch runs ahead; ALONE: most rows for which the processor's own
+// prefetcher is faster without it. Both as measured.
 struct F32 {
   typedef float type;
-  static constexpr int AHEAD = 48;  // steps of k that the prefetch runs ahead, as measured
+  static constexpr int AHEAD = 64, ALONE = SIDE;
   INLINE void read(const float* p, int g, vf& a, vf& b) {
     a = load(p + g * W);
     b = load(p + 16 + g * W);
@@ -24,7 +27,7 @@ struct F32 {
 };
 struct BF16 {
   typedef uint16_t type;
-  static constexpr int AHEAD = 128;
+  static constexpr int AHEAD = 128, ALONE = SIDE / 2;
   INLINE void read(const uint16_t* p, int g, vf& a, vf& b) {
     vi bits = load_bits(p + 2 * g * W);
     a = (vf)(bits << 16);
@@ -39,58 +42,80 @@ struct Ahead {
   const char* then;
 };
 
-// R rows by NG groups of one panel into buf[R][32].
-template <class T, int R, int NG>
-INLINE void tile_groups(const float* x, int64_t ldx, const typename T::type* w, int64_t k, int g0,
-                        Ahead ahead, float* buf) {
-  vf acc[R][2 * NG];
+// A panel on its way through a tile, and where its results go, [rows][32].
+struct Stream {
+  const char* weight;
+  Ahead ahead;
+  float* buf;
+};
+
+// R rows by NG groups of S panels into their buffers.
+template <class T, int R, int NG, int S>
+INLINE void tile_groups(const float* x, int64_t ldx, const Stream* s, int64_t k, int g0) {
+  constexpr bool FETCH = R > T::ALONE;
+  const int64_t step = s->ahead.step, turn = s->ahead.turn;
+  const typename T::type* w[S];
+  const char* at[S];
+  vf acc[S][R][2 * NG];
+#pragma GCC unroll 2
+  for (int p = 0; p < S; p++) {
+    w[p] = (const typename T::type*)s[p].weight;
+    at[p] = s[p].ahead.at;
 #pragma GCC unroll 12
-  for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int c = 0; c < 2 * NG; c++) acc[r][c] = vf{};
-  const char* at = ahead.at;
-  const bool wide = ahead.step > 64;
-  for (int64_t i = 0; i < k; i++, w += PANEL, at += ahead.step) {
-    if (i == ahead.turn) at = ahead.then;
-    prefetch(at);
-    if (wide) prefetch(at + 64);
-    vf b[2 * NG];
-#pragma GCC unroll 4
-    for (int g = 0; g < NG; g++) T::read(w, g0 + g, b[2 * g], b[2 * g + 1]);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const vf a = splat(x[r * ldx + i]);
-#pragma GCC unroll 8
-      for (int c = 0; c < 2 * NG; c++) acc[r][c] = fma(a, b[c], acc[r][c]);
-    }
+      for (int c = 0; c < 2 * NG; c++) acc[p][r][c] = vf{};
   }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++)
+  for (int64_t i = 0; i < k; i++)
+#pragma GCC unroll 2
+    for (int p = 0; p < S; p++) {
+      if (FETCH) {
+        if (i == turn) at[p] = s[p].ahead.then;
+        prefetch(at[p]);
+        if (step > 64) prefetch(at[p] + 64);
+        at[p] += step;
+      }
+      vf b[2 * NG];
 #pragma GCC unroll 4
-    for (int g = 0; g < NG; g++) {
-      store(buf + r * PANEL + (g0 + g) * W, acc[r][2 * g]);
-      store(buf + r * PANEL + 16 + (g0 + g) * W, acc[r][2 * g + 1]);
+      for (int g = 0; g < NG; g++) T::read(w[p], g0 + g, b[2 * g], b[2 * g + 1]);
+      w[p] += PANEL;
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        const vf a = splat(x[r * ldx + i]);
+#pragma GCC unroll 8
+        for (int c = 0; c < 2 * NG; c++) acc[p][r][c] = fma(a, b[c], acc[p][r][c]);
+      }
     }
+#pragma GCC unroll 2
+  for (int p = 0; p < S; p++)
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int g = 0; g < NG; g++) {
+        store(s[p].buf + r * PANEL + (g0 + g) * W, acc[p][r][2 * g]);
+        store(s[p].buf + r * PANEL + 16 + (g0 + g) * W, acc[p][r][2 * g + 1]);
+      }
 }
 
-template <class T, int R>
-static void tile(const float* x, int64_t ldx, const void* w, int64_t k, Ahead ahead, float* buf) {
+template <class T, int R, int S>
+static void tile(const float* x, int64_t ldx, const Stream* s, int64_t k) {
   constexpr int FIT = 6 / R > 4 ? 4 : 6 / R > 1 ? (6 / R > 3 ? 4 : 2) : 1;
   constexpr int NG = GROUPS < FIT ? GROUPS : FIT;
-  for (int g = 0; g < GROUPS; g += NG)
-    tile_groups<T, R, NG>(x, ldx, (const typename T::type*)w, k, g, ahead, buf);
+  for (int g = 0; g < GROUPS; g += NG) tile_groups<T, R, NG, S>(x, ldx, s, k, g);
 }
 
-typedef void (*Tile)(const float*, int64_t, const void*, int64_t, Ahead, float*);
+typedef void (*Tile)(const float*, int64_t, const Stream*, int64_t);
 template <class T>
-static Tile choose_tile(int rows) {
+static Tile choose_tile(int rows, int streams) {
   static const Tile tiles[] = {
-      tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>,
+      tile<T, 1, 1>, tile<T, 2, 1>, tile<T, 3, 1>, tile<T, 4, 1>, tile<T, 5, 1>, tile<T, 6, 1>,
 #if defined(__AVX512F__)
-      tile<T, 7>, tile<T, 8>, tile<T, 9>, tile<T, 10>, tile<T, 11>, tile<T, 12>,
+      tile<T, 7, 1>, tile<T, 8, 1>, tile<T, 9, 1>, tile<T, 10, 1>, tile<T, 11, 1>, tile<T, 12, 1>,
+      // side by side
+      tile<T, 1, 2>, tile<T, 2, 2>, tile<T, 3, 2>, tile<T, 4, 2>, tile<T, 5, 2>, tile<T, 6, 2>,
 #endif
   };
-  return tiles[rows - 1];
+  return tiles[(streams == 2 ? ROWS : 0) + rows - 1];
 }
 
 // A panel of one of the layers of a call.
@@ -122,17 +147,21 @@ struct Rows {
   int64_t ld, n, index, count;
 };
 
-// One tile of one panel. A single tile fetches its own panel ahead and turns to the next one at the
-// end; several tiles each fetch a part of the next panel.
-INLINE void run_tile(const RetortLinear* l, int64_t column, const char* next, const Rows& rows,
-                     float* buf) {
+// A panel for `rows`, with `next` after it. A single tile fetches its own panel ahead and turns to
+// the next one at the end; several tiles each fetch a part of the next panel.
+INLINE Stream stream_of(const RetortLinear* l, int64_t column, const char* next, const Rows& rows,
+                        float* buf) {
   const int64_t step = step_bytes(l), far = l->bf16 ? BF16::AHEAD : F32::AHEAD;
   const char* w = panel_weight(l, column);
-  Ahead ahead = {w + far * step, step, most(0, l->k - far), next};
-  if (rows.count > 1)
-    ahead = {next + step * (l->k * rows.index / rows.count), step / rows.count, -1, nullptr};
-  (l->bf16 ? choose_tile<BF16>(rows.n) : choose_tile<F32>(rows.n))(rows.x, rows.ld, w, l->k, ahead,
-                                                                  buf);
+  if (rows.count == 1) return {w, {w + far * step, step, most(0, l->k - far), next}, buf};
+  const char* part = next + step * (l->k * rows.index / rows.count);
+  return {w, {part, step / rows.count, -1, nullptr}, buf};
+}
+
+INLINE void run_tile(const RetortLinear* l, const Stream* s, int count, const Rows& rows) {
+  const int n = (int)rows.n;
+  const Tile run = l->bf16 ? choose_tile<BF16>(n, count) : choose_tile<F32>(n, count);
+  run(rows.x, rows.ld, s, l->k);
 }
 
 // Input rows, copied where their distance would put all rows of a tile into the same cache sets.
@@ -150,6 +179,72 @@ struct Input {
   ~Input() { free(copy); }
 };
 
+// A buffer for the results of two panels.
+struct Buffers {
+  alignas(64) float a[ROWS * PANEL], b[ROWS * PANEL];
+};
+
+// How the panels of a call go side by side: gate with up, or two plain ones.
+enum Pairing { NONE, PLAIN, GATED };
+INLINE Pairing pairing_of(const RetortLinear* layers, int64_t count) {
+  const bool gated = layers->up;
+  for (int64_t i = 0; i < count; i++) {
+    const RetortLinear *l = layers + i, *up = l->up;
+    if (!up == gated || l->bf16 != layers->bf16 || (up && up->bf16 != l->bf16)) return NONE;
+  }
+  return gated ? GATED : PLAIN;
+}
+
+// Panels lo .. hi in pairs: plain ones from both halves of the run, so that each stream of weights
+// is one long read. Returns the panels done.
+template <class Emit>
+static int64_t sweep_pairs(const RetortLinear* layers, int64_t lo, int64_t hi, Pairing pairing,
+                           int64_t first, const Rows& rows, Buffers& buf, const Emit& emit) {
+  const bool gated = pairing == GATED;
+  const int64_t count = gated ? hi - lo : (hi - lo) / 2;
+  for (int64_t id = lo; id < lo + count; id++) {
+    const int64_t more = id + 1 < lo + count;
+    const Panel p = find_panel(layers, id), q = gated ? p : find_panel(layers, id + count);
+    const Panel after = find_panel(layers, id + more);
+    const Panel last = gated ? after : find_panel(layers, id + count + more);
+    const RetortLinear *l = gated ? p.layer->up : q.layer;
+    const RetortLinear *n = gated ? after.layer->up : last.layer;
+    const Stream streams[] = {
+        stream_of(p.layer, p.column, panel_weight(after.layer, after.column), rows, buf.a),
+        stream_of(l, q.column, panel_weight(n, last.column), rows, buf.b)};
+    run_tile(p.layer, streams, 2, rows);
+    emit(p, first, rows.n, buf.a, buf.b);
+    if (!gated) emit(q, first, rows.n, buf.b, nullptr);
+  }
+  return gated ? count : 2 * count;
+}
+
+// One panel at a time, for all rows in tiles.
+template <class Emit>
+static void sweep_single(const RetortLinear* layers, int64_t id, int64_t hi, int64_t first,
+                         const Rows& rows, Buffers& buf, const Emit& emit) {
+  const int64_t tiles = ceil_div(rows.n, ROWS);
+  const bool alone = tiles == 1;
+  for (; id < hi; id++) {
+    const Panel p = find_panel(layers, id), next = id + 1 < hi ? find_panel(layers, id + 1) : p;
+    const char* after = panel_weight(next.layer, next.column);
+    const RetortLinear* up = p.layer->up;
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t r = rows.n * t / tiles, n = rows.n * (t + 1) / tiles - r;
+      const Rows run = {rows.x + r * rows.ld, rows.ld, n, t, tiles};
+      const char* then = up && alone ? panel_weight(up, p.column) : after;
+      const Stream one = stream_of(p.layer, p.column, then, run, buf.a);
+      run_tile(p.layer, &one, 1, run);
+      if (up) {
+        then = alone ? after : panel_weight(up, next.column);
+        const Stream two = stream_of(up, p.column, then, run, buf.b);
+        run_tile(up, &two, 1, run);
+      }
+      emit(p, first + r, n, buf.a, buf.b);
+    }
+  }
+}
+
 // Calls emit(panel, first row, rows, buf[rows][32], up[rows][32]) for this thread's panels and all
 // rows; `up` is filled for gated layers.
 template <class Emit>
@@ -159,26 +254,17 @@ static void sweep(const RetortLinear* layers, int64_t count, const float* x, int
   const int64_t lo = team.begin(panels), hi = team.end(panels);
   const int64_t fit = most(2, BLOCK_BYTES / (4 * ROWS * k)) * ROWS;
   const int64_t block = ceil_div(m, ceil_div(m, fit));
-  alignas(64) float buf[ROWS * PANEL], up[ROWS * PANEL];
+  const Pairing pairing = pairing_of(layers, count);
+  Buffers buf;
   if (lo == hi) return;
   for (int64_t first = 0; first < m; first += block) {
-    const int64_t rows = least(block, m - first), tiles = ceil_div(rows, ROWS);
-    Input in(x + first * ldx, ldx, rows, k);
-    for (int64_t id = lo; id < hi; id++) {
-      const Panel p = find_panel(layers, id);
-      const Panel next = id + 1 < hi ? find_panel(layers, id + 1) : p;
-      const char* after = panel_weight(next.layer, next.column);
-      const RetortLinear* pair = p.layer->up;
-      const char* after_up = pair ? panel_weight(pair, next.column) : nullptr;
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t r = rows * t / tiles, n = rows * (t + 1) / tiles - r;
-        const Rows run = {in.x + r * in.ld, in.ld, n, t, tiles};
-        const bool alone = tiles == 1;
-        run_tile(p.layer, p.column, pair && alone ? panel_weight(pair, p.column) : after, run, buf);
-        if (pair) run_tile(pair, p.column, alone ? after : after_up, run, up);
-        emit(p, first + r, n, buf, up);
-      }
-    }
+    const int64_t n = least(block, m - first);
+    Input in(x + first * ldx, ldx, n, k);
+    const Rows rows = {in.x, in.ld, n, 0, 1};
+    int64_t done = 0;
+    if (n <= SIDE && pairing != NONE)
+      done = sweep_pairs(layers, lo, hi, pairing, first, rows, buf, emit);
+    sweep_single(layers, lo + done, hi, first, rows, buf, emit);
   }
 }
 
