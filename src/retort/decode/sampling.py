@@ -12,8 +12,13 @@ token comes from the positive part of p − q. Equal in distribution, not in tex
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from retort.ops import native
+from retort.ops.native.race import shortlist
 
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -22,6 +27,8 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 TOKEN, DRAFT, ACCEPT, RESAMPLE = range(4)
 
 Number = int | Tensor
+
+_LARGE = 512  # scores from which on the native core is worth a call
 
 
 def draw(scores: Tensor, key: Number, index: Number, stream: int = TOKEN) -> Tensor:
@@ -33,16 +40,11 @@ def draw(scores: Tensor, key: Number, index: Number, stream: int = TOKEN) -> Ten
         scores: ``[vocab]``, or ``[n, vocab]`` with n keys.
         key, index: numbers, or int64 ``[n, 1]``.
     """
-    possible = scores > -torch.inf  # false for NaN, too
-    kept = possible.reshape(-1, scores.shape[-1]).any(0).nonzero()[:, 0]
-    if len(kept) == 0:
-        return torch.full(scores.shape[:-1], -1, device=scores.device)
-    if len(kept) < scores.shape[-1]:
-        scores, possible = scores[..., kept], possible[..., kept]
-    total = gumbel(key, index, kept, stream) + scores
-    if not possible.all():
-        total.masked_fill_(~possible, -torch.inf)
-    return torch.where(possible.any(-1), kept[torch.argmax(total, -1)], -1)
+    if scores.shape[-1] >= _LARGE and scores.is_cpu and native.available():
+        found = _race(scores.reshape(-1, scores.shape[-1]), key, index, stream)
+        if found is not None:
+            return found.view(scores.shape[:-1])
+    return _draw(scores, key, index, stream)
 
 
 def judge(scores: Tensor, q: Tensor, draft: Tensor, key: Number, index: Number) -> Tensor:
@@ -88,7 +90,7 @@ def one_hot(draft: Tensor, like: Tensor) -> Tensor:
 
 def gumbel(key: Number, index: Number, tokens: Tensor, stream: int = TOKEN) -> Tensor:
     """Standard Gumbel noise, float64, a pure function of (key, index, stream, token id)."""
-    return _uniform(_bits(key, index, tokens, stream)).log_().neg_().log_().neg_()
+    return _noise(_bits(key, index, tokens, stream))
 
 
 def stream_key(seed: int, sample: int = 0, round_: int = 0) -> int:
@@ -99,9 +101,49 @@ def stream_key(seed: int, sample: int = 0, round_: int = 0) -> int:
     return int(_mix(mixed + wrap(round_ * _GOLDEN + 1)))
 
 
+def _draw(scores: Tensor, key: Number, index: Number, stream: int) -> Tensor:
+    """`draw` by its definition."""
+    possible = scores > -torch.inf  # false for NaN, too
+    kept = possible.reshape(-1, scores.shape[-1]).any(0).nonzero()[:, 0]
+    if len(kept) == 0:
+        return torch.full(scores.shape[:-1], -1, device=scores.device)
+    if len(kept) < scores.shape[-1]:
+        scores, possible = scores[..., kept], possible[..., kept]
+    total = gumbel(key, index, kept, stream) + scores
+    if not possible.all():
+        total.masked_fill_(~possible, -torch.inf)
+    return torch.where(possible.any(-1), kept[torch.argmax(total, -1)], -1)
+
+
+def _race(scores: Tensor, key: Number, index: Number, stream: int) -> Tensor | None:
+    """`draw` of rows ``[n, vocab]``: the native core looks for the few that may win.
+
+    Only these are compared by the exact noise, so that the token is the definition's own.
+    """
+    state = _state(key, index, stream).expand(len(scores), 1)
+    found = shortlist(scores, state[:, 0])
+    if found is None:
+        return None
+    row, token = found
+    total = _noise(_mix(token * _GOLDEN + state[row, 0])) + scores[row, token]
+    best, tokens = [-math.inf] * len(scores), [-1] * len(scores)
+    for r, t, value in zip(row.tolist(), token.tolist(), total.tolist(), strict=True):
+        if value > best[r]:
+            best[r], tokens[r] = value, t
+    return torch.tensor(tokens)
+
+
+def _noise(bits: Tensor) -> Tensor:
+    return _uniform(bits).log_().neg_().log_().neg_()
+
+
+def _state(key: Number, index: Number, stream: int) -> Tensor:
+    """What all tokens of one draw have in common."""
+    return _mix(_mix(_int64(key) * _GOLDEN + _int64(index)) + wrap(stream * _GOLDEN)) + _GOLDEN
+
+
 def _bits(key: Number, index: Number, tokens: Tensor, stream: int) -> Tensor:
-    state = _mix(_mix(_int64(key) * _GOLDEN + _int64(index)) + wrap(stream * _GOLDEN))
-    return _mix(tokens.to(torch.int64) * _GOLDEN + (state + _GOLDEN).to(tokens.device))
+    return _mix(tokens.to(torch.int64) * _GOLDEN + _state(key, index, stream).to(tokens.device))
 
 
 def _uniform(bits: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from typing import Any, ClassVar
 
 Fields = list[tuple[str, Any]]
@@ -165,6 +165,15 @@ class StackCall(ctypes.Structure):
     )
 
 
+class RaceCall(ctypes.Structure):
+    """Races of score + noise, a row of scores each."""
+
+    _fields_: ClassVar[Fields] = [
+        *_fields(p="scores", i="ld rows vocab parts", p2="states"), ("margin", c_double),
+        *_fields(p="tokens counts", t="threads"),
+    ]  # fmt: skip
+
+
 CALLS = {
     "retort_linear": LinearCall,
     "retort_argmax": ArgmaxCall,
@@ -180,6 +189,7 @@ CALLS = {
     "retort_scan": ScanCall,
     "retort_convolution": ConvCall,
     "retort_stack": StackCall,
+    "retort_race": RaceCall,
 }
 
 

@@ -223,6 +223,19 @@ struct RetortStackCall {
   int32_t threads;
 };
 
+// Tokens that may win a row's race of score + noise, see race.h; a row is cut into parts.
+enum { RETORT_SHORTLIST = 32 };
+
+struct RetortRaceCall {
+  const double* scores;  // [rows, vocab] with row stride ld
+  int64_t ld, rows, vocab, parts;
+  const uint64_t* states;  // [rows], of the noise
+  double margin;
+  int64_t* tokens;  // [rows, parts, RETORT_SHORTLIST]
+  int64_t* counts;  // [rows, parts]; more than RETORT_SHORTLIST where the list is not whole
+  int32_t threads;
+};
+
 struct RetortKernels {
   void (*linear)(const RetortLinearCall*);
   void (*argmax)(const RetortArgmaxCall*);
@@ -238,5 +251,6 @@ struct RetortKernels {
   void (*scan)(const RetortScanCall*);
   void (*convolution)(const RetortConvCall*);
   void (*stack)(const RetortStackCall*);
+  void (*race)(const RetortRaceCall*);
 };
 }

@@ -74,4 +74,5 @@ EXPORT void retort_scan(const RetortScanCall* call) { chosen->scan(call); }
 EXPORT void retort_convolution(const RetortConvCall* call) { chosen->convolution(call); }
 
 EXPORT void retort_stack(const RetortStackCall* call) { chosen->stack(call); }
+EXPORT void retort_race(const RetortRaceCall* call) { chosen->race(call); }
 }
