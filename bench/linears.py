@@ -5,13 +5,14 @@
 
 Every number is the median of rounds in which all candidates take turns, with a read-bandwidth probe
 and a matrix-product probe before each candidate; the limit is max(bytes / bandwidth, flops / rate),
-from the probes next to it. "plain" is a call a layer, as `F.linear`; "fused" joins query, key and
-value, and gate and up.
+from the probes next to it. "plain" is a call a layer, as `F.linear`; "step" is all layers of the
+step in one call, as an engine runs them: query, key and value together, gate and up together.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ import torch
 from torch.nn import functional as F
 
 from retort.ops import native
-from retort.ops.linear import gated, pack, packed_linear, packed_linears
+from retort.ops.linear import gated, pack, packed_linear
+from retort.ops.native import abi
 from retort.ops.pages import LargePages
 from retort.provenance import Provenance, write_json
 
@@ -39,7 +41,7 @@ def shapes():
 
 
 class Step:
-    """All linears of one step, as stock, one packed layer each, and fused."""
+    """All linears of one step, stock and packed."""
 
     def __init__(self, layers):
         torch.manual_seed(0)
@@ -47,15 +49,10 @@ class Step:
         self.layers = [[new(*s) for s in shapes()] for _ in range(layers)]
         self.head = new(VOCAB, HIDDEN)
         self.packed = {p: self._pack(p) for p in ("float32", "bfloat16")}
-        self.fused = {p: self._fuse(p) for p in ("float32", "bfloat16")}
 
     def _pack(self, precision):
         keep = partial(pack, precision=precision, pages=LargePages())
         return [[keep(w) for w in layer] for layer in self.layers], keep(self.head)
-
-    def _fuse(self, precision):
-        layers, head = self.packed[precision]
-        return [(p[:3], p[3], gated(p[4], p[5]), p[6]) for p in layers], head
 
     @property
     def weights(self):
@@ -74,14 +71,39 @@ class Step:
                 packed_linear(x if weight.k == HIDDEN else wide, weight)
         packed_linear(x, head)
 
-    def together(self, precision, x, wide):
-        layers, head = self.fused[precision]
-        for qkv, out, inner, down in layers:
-            packed_linears(x, qkv)
-            packed_linear(x, out, x)
-            packed_linear(x, inner)
-            packed_linear(wide, down, x)
-        packed_linear(x, head)
+
+class OneCall:
+    """All linears of a step on ``m`` rows as one native call, with buffers of its own."""
+
+    def __init__(self, layers, head, m):
+        self.alive, calls = [], []
+        rows = lambda *widths: [torch.randn(m, n) for n in widths]  # noqa: E731
+        x, query, key, value, wide = rows(HIDDEN, QUERY, KEY, KEY, INNER)
+        for q, k, v, o, gate, up, down in layers:
+            calls += [
+                self._call(x, [q, k, v], [query, key, value]),
+                self._call(query, [o], [x], x),
+                self._call(x, [gated(gate, up)], [wide]),
+                self._call(wide, [down], [x], x),
+            ]
+        calls.append(self._call(x, [head], rows(VOCAB)))
+        array = (abi.LinearCall * len(calls))(*calls)
+        self.alive.append(array)
+        self.call = abi.LinearsCall(ctypes.addressof(array), len(calls), torch.get_num_threads())
+
+    def _call(self, x, weights, outs, residual=None):
+        layers = (abi.Linear * len(weights))(*[w.layer for w in weights])
+        places = (ctypes.c_int64 * len(outs))(*[out.data_ptr() for out in outs])
+        strides = (ctypes.c_int64 * len(outs))(*[out.stride(0) for out in outs])
+        self.alive += [x, weights, outs, layers, places, strides]
+        add = None if residual is None else residual.data_ptr()
+        return abi.LinearCall(
+            ctypes.addressof(layers), len(weights), x.data_ptr(), x.stride(0), len(x),
+            ctypes.addressof(places), ctypes.addressof(strides), add, HIDDEN, 0,
+        )  # fmt: skip
+
+    def __call__(self):
+        native.library().retort_linears(self.call)
 
 
 def seconds(run):
@@ -91,10 +113,11 @@ def seconds(run):
 
 
 class Probes:
-    """Read bandwidth (bytes/s) of a large buffer, and fp32 product rate (flop/s)."""
+    """Read bandwidth (bytes/s) of 256 MB in large pages, and fp32 product rate (flop/s)."""
 
     def __init__(self):
-        self.buffer, self.square = torch.ones(64 << 20), torch.randn(1024, 1024)
+        self.buffer = LargePages().take((64 << 20,), torch.float32).fill_(1)
+        self.square = torch.randn(1024, 1024)
 
     def bandwidth(self):
         return self.buffer.nbytes / seconds(self.buffer.sum)
@@ -111,7 +134,7 @@ def candidates(step, x, wide, only):
     runs = {"F.linear": lambda: step.stock(x, wide)}
     for p in SIZES:
         runs[f"plain {p}"] = lambda p=p: step.plain(p, x, wide)
-        runs[f"fused {p}"] = lambda p=p: step.together(p, x, wide)
+        runs[f"step {p}"] = OneCall(*step.packed[p], len(x))
     return {name: run for name, run in runs.items() if not only or name.split()[0] in only}
 
 
@@ -163,7 +186,7 @@ def arguments():
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--only", nargs="+", choices=["plain", "fused"], help="beside F.linear")
+    parser.add_argument("--only", nargs="+", choices=["plain", "step"], help="beside F.linear")
     parser.add_argument("--isa", choices=native.ISAS)
     parser.add_argument("--output", type=Path, default=Path("bench-linears.json"))
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """``retort bench decode`` on a tiny model: arms in turns, equal outputs, JSON and page."""
 
 import json
+import sys
 
 import pytest
 
@@ -48,6 +49,41 @@ def test_every_arm_decodes_the_same_tokens(folder, prompts, tmp_path):
     assert {r["category"] for r in data["results"]} == {"long", "short"}
     page = out.with_suffix(".html").read_text()
     assert page.count("<section") == 2 and "http" not in page.replace("http://www.w3.org", "")
+
+
+PEER = """
+import json, sys
+print(json.dumps({"engine": "fake", "threads": sys.argv[3], "mode": sys.argv[4]}), flush=True)
+for line in sys.stdin:
+    rows = [[5] * json.loads(line)["max_new_tokens"] for _ in json.loads(line)["prompts"]]
+    print(json.dumps({"token_ids": rows, "tokens": 5, "seconds": 2.0, "total_seconds": 3.0}))
+    sys.stdout.flush()
+"""
+
+
+def peer(path, source):
+    path.write_text(f"#!{sys.executable}\n{source}")
+    path.chmod(0o755)
+    return ["--openvino", str(path), "--openvino-model", "exported"]
+
+
+def test_a_peer_is_an_arm_and_its_settings_are_in_the_record(folder, prompts, tmp_path):
+    out = tmp_path / "r.json"
+    flags = peer(tmp_path / "python", PEER)
+    assert bench(folder, prompts, out, "--arms", "plain", *flags) == 0
+    data = json.loads(out.read_text())
+    modes = {name: told["mode"] for name, told in data["peers"].items()}
+    assert modes == {"openvino plain": "plain", "openvino lookup": "lookup"}
+    theirs = [r for r in data["results"] if r["arm"] == "openvino plain"]
+    assert theirs[0]["tokens_per_second"] == 2.5 and theirs[0]["prefill_seconds"] == 1.0
+    assert not theirs[0]["equal_to_plain"]
+    assert "fake" in out.with_suffix(".html").read_text()
+
+
+def test_a_peer_that_does_not_start_is_an_error(folder, prompts, tmp_path, capsys):
+    flags = peer(tmp_path / "python", "raise SystemExit(3)")
+    assert bench(folder, prompts, tmp_path / "r.json", "--arms", "plain", *flags) == 2
+    assert "could not start OpenVINO" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

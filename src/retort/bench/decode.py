@@ -53,11 +53,14 @@ def run(options: Namespace) -> None:
     tokenizer = zoo.load_tokenizer(options.model)
     sets = {c: _prompts(options, tokenizer, c) for c in options.category or [None]}
     record = Provenance.collect(vars(options)).to_dict()
+    arms, peers = _arms(options), _peers(options)
+    arms |= {name: arm for name, (arm, _) in peers.items()}
+    told = {"provenance": record, "peers": {name: how for name, (_, how) in peers.items()}}
     results: list[dict[str, Any]] = []
-    for row in _rows(_arms(options), sets, options):
+    for row in _rows(arms, sets, options):
         results.append(row)
-        write_json(options.output, {"provenance": record, "results": results})
-    write_text(options.output.with_suffix(".html"), page(results))
+        write_json(options.output, told | {"results": results})
+    write_text(options.output.with_suffix(".html"), page(results, told["peers"]))
 
 
 def _arms(options: Namespace) -> dict[str, Arm]:
@@ -77,10 +80,15 @@ def _arms(options: Namespace) -> dict[str, Arm]:
             arms[name] = engine_arm(build_engine(models[kind], name, size, kept))
         else:
             arms[name] = transformers_arm(load(), name)
-    if options.openvino:
-        peer = partial(openvino_arm, options.openvino, options.openvino_model, options.threads)
-        arms |= {f"openvino {mode}": peer(mode) for mode in ("plain", "lookup")}
     return arms
+
+
+def _peers(options: Namespace) -> dict[str, tuple[Arm, dict[str, Any]]]:
+    """Engines in processes of their own, with their settings."""
+    if not options.openvino:
+        return {}
+    peer = partial(openvino_arm, options.openvino, options.openvino_model, options.threads)
+    return {f"openvino {mode}": peer(mode) for mode in ("plain", "lookup")}
 
 
 def _rows(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retort.bench.page import document
@@ -24,12 +25,15 @@ _HEAD = (
 )
 
 
-def page(results: Sequence[dict[str, Any]]) -> str:
-    """The page as text; ``results`` are rows as the JSON file holds them."""
+def page(results: Sequence[dict[str, Any]], peers: Mapping[str, Any] | None = None) -> str:
+    """The page as text; ``results`` and the settings of ``peers`` are as the JSON file has them."""
     parts = [
         _section(category, [r for r in results if r["category"] == category])
         for category in dict.fromkeys(r["category"] for r in results)
     ]
+    if peers:
+        told = [(name, json.dumps(settings)) for name, settings in peers.items()]
+        parts.append(table(("peer", "settings"), told, "Other engines, as they were set"))
     return document("Retort: decoding speed", parts)
 
 

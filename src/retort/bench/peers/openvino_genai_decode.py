@@ -21,29 +21,39 @@ import openvino_genai as genai
 def main() -> None:
     """Answer requests until the input ends."""
     folder, threads, mode = sys.argv[1:]
-    pipe, config = pipeline(folder, int(threads), mode == "lookup")
-    print(json.dumps({"openvino_genai": genai.__version__}), flush=True)
+    pipe, config, told = pipeline(folder, int(threads), mode == "lookup")
+    print(json.dumps(told), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(measure(pipe, config, **request)), flush=True)
 
 
-def pipeline(folder: str, threads: int, lookup: bool) -> tuple[Any, Any]:
-    """The pipeline in float32, and how it generates."""
-    scheduler = genai.SchedulerConfig()
-    scheduler.cache_size = 2
-    scheduler.enable_prefix_caching = False
+def pipeline(folder: str, threads: int, lookup: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """The pipeline in float32, how it generates, and all settings for the record."""
+    places = {"cache_size": 2, "enable_prefix_caching": False}  # cache_size: GB
     options = {
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": "f32",
         "INFERENCE_NUM_THREADS": threads,
     }
-    config = genai.GenerationConfig()
-    config.do_sample = False
+    chosen: dict[str, Any] = {"do_sample": False}
     if lookup:
         options["prompt_lookup"] = True
-        config.num_assistant_tokens, config.max_ngram_size = 5, 3
-    return genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", options), config
+        chosen |= {"num_assistant_tokens": 5, "max_ngram_size": 3}
+    scheduler, config = genai.SchedulerConfig(), genai.GenerationConfig()
+    for target, values in ((scheduler, places), (config, chosen)):
+        for name, value in values.items():
+            setattr(target, name, value)
+    told = {
+        "openvino_genai": genai.__version__,
+        "openvino": ov.__version__,
+        "device": ov.Core().get_property("CPU", "FULL_DEVICE_NAME"),
+        "pipeline": "ContinuousBatchingPipeline",
+        "properties": dict(options),
+        "scheduler": places,
+        "generation": chosen,
+    }
+    return genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", options), config, told
 
 
 def measure(

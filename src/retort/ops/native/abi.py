@@ -29,6 +29,12 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class LinearsCall(ctypes.Structure):
+    """Linear calls one after the other in one parallel region."""
+
+    _fields_: ClassVar[Fields] = _fields(p="calls", i="count", t="threads")
+
+
 class ArgmaxCall(ctypes.Structure):
     """The largest output of each row of one packed layer."""
 
@@ -176,6 +182,7 @@ class RaceCall(ctypes.Structure):
 
 CALLS = {
     "retort_linear": LinearCall,
+    "retort_linears": LinearsCall,
     "retort_argmax": ArgmaxCall,
     "retort_attention": AttentionCall,
     "retort_norm": NormCall,

@@ -26,6 +26,13 @@ struct RetortLinearCall {
   int32_t threads;
 };
 
+// Calls one after the other in one parallel region; the second may read what the first wrote.
+struct RetortLinearsCall {
+  const RetortLinearCall* calls;
+  int64_t count;
+  int32_t threads;
+};
+
 // The largest output of each row, without storing the outputs.
 struct RetortArgmaxCall {
   const RetortLinear* layer;
@@ -238,6 +245,7 @@ struct RetortRaceCall {
 
 struct RetortKernels {
   void (*linear)(const RetortLinearCall*);
+  void (*linears)(const RetortLinearsCall*);
   void (*argmax)(const RetortArgmaxCall*);
   void (*attention)(const RetortAttentionCall*);
   void (*norm)(const RetortNormCall*);

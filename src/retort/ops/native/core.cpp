@@ -60,6 +60,7 @@ EXPORT void retort_linear_dense(const RetortLinear* layer, const float* x, int64
   const RetortLinearCall call = {layer, 1, x, layer->k, m, &out, &n, residual, n, threads};
   chosen->linear(&call);
 }
+EXPORT void retort_linears(const RetortLinearsCall* call) { chosen->linears(call); }
 EXPORT void retort_argmax(const RetortArgmaxCall* call) { chosen->argmax(call); }
 EXPORT void retort_attention(const RetortAttentionCall* call) { chosen->attention(call); }
 EXPORT void retort_norm(const RetortNormCall* call) { chosen->norm(call); }

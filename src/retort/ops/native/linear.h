@@ -19,7 +19,7 @@ constexpr int64_t BLOCK_BYTES = 400000;  // input rows that share the second-lev
 // prefetcher is faster without it. Both as measured.
 struct F32 {
   typedef float type;
-  static constexpr int AHEAD = 64, ALONE = SIDE;
+  static constexpr int AHEAD = 56, ALONE = SIDE;
   INLINE void read(const float* p, int g, vf& a, vf& b) {
     a = load(p + g * W);
     b = load(p + 16 + g * W);
@@ -325,6 +325,15 @@ static void linear_part(const RetortLinearCall* c, const Team& team) {
 static void linear(const RetortLinearCall* c) {
   run_team((int)least(c->threads, count_panels(c->layers, c->count)),
            [&](const Team& team) { linear_part(c, team); });
+}
+
+static void linears(const RetortLinearsCall* c) {
+  run_team(c->threads, [&](const Team& team) {
+    for (int64_t i = 0; i < c->count; i++) {
+      linear_part(c->calls + i, team);
+      team.barrier();
+    }
+  });
 }
 
 struct Best {
