@@ -96,6 +96,25 @@ def test_s2_a_million_biases_do_not_hold_up_health(served):
     assert time.process_time() - started < 5
 
 
+@pytest.mark.parametrize("token", [-1, -(2**63), "the next", 2**31, 2**63])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda t: {"prompt": [5, t]},
+        lambda t: {"prompt": [[5], [5, t]]},
+        lambda t: {"prompt": "x", "stop_token_ids": [5, t]},
+        lambda t: {"prompt": "x", "logit_bias": {"5": 1, str(t): 1}},
+    ],
+    ids=["prompt", "prompts", "stop_token_ids", "logit_bias"],
+)
+def test_s3_ids_outside_the_vocabulary(served, token, place):
+    """The last id of the vocabulary is taken, the next one and those below zero are not."""
+    size = served.engine.model.config.vocab_size
+    assert served.post("/v1/completions", **place(size - 1), max_tokens=1).status_code == 200
+    token = size if token == "the next" else token
+    refused(served.post("/v1/completions", **place(token), max_tokens=1), [400])
+
+
 def test_s4_the_context_to_the_token(served):
     fits = [5] * (tiny.CONTEXT - 4)
     served.complete(prompt=fits, max_tokens=4)

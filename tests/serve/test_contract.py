@@ -95,6 +95,43 @@ def test_chat_n_and_usage_stream(chat):
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
 
 
+def test_n_streams_with_logprobs(chat):
+    options = {"n": 3, "temperature": 1, "seed": 9, "logprobs": True, "top_logprobs": 2}
+    found = [[], [], []]
+    for choice in (c for chunk in chat(stream=True, **options) for c in chunk.choices):
+        found[choice.index] += choice.logprobs.content if choice.logprobs else []
+    whole = [choice.logprobs.content for choice in chat(**options).choices]
+    assert found == whole and all(len(content) == 24 for content in whole)
+
+
+def test_the_clients_own_stream_helper(client, chat):
+    options = {"model": tiny.NAME, "messages": CAT, "temperature": 0, "seed": 1}
+    stop = chat(max_tokens=60).choices[0].message.content[20:22]
+    with client.chat.completions.stream(**options, stop=stop, max_tokens=60) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion().choices[0]
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+    assert final.message.content == chat(max_tokens=60, stop=stop).choices[0].message.content
+
+
+@pytest.mark.parametrize("name", ["tools", "response_format"])
+def test_what_is_not_offered_is_the_clients_bad_request(chat, name):
+    given = {
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        "response_format": {"type": "json_object"},
+    }
+    with pytest.raises(openai.BadRequestError, match=f"{name} is not supported") as caught:
+        chat(**{name: given[name]})
+    assert caught.value.param == name and caught.value.code == "unsupported"
+
+
+def test_a_closed_stream_frees_its_row(served, chat):
+    with tiny.held(served.engine, after=3):
+        with chat(stream=True, max_tokens=400, extra_body={"ignore_eos": True}) as stream:
+            next(iter(stream))
+        served.wait_idle()
+
+
 def test_max_completion_tokens(chat):
     answer = chat(max_tokens=openai.omit, max_completion_tokens=5)
     assert answer.usage.completion_tokens == 5
@@ -180,11 +217,13 @@ def test_logprobs_with_echo_hold_the_prompt(complete):
 
 
 def test_chat_logprobs_streamed_and_not(chat):
-    answer = chat(logprobs=True, top_logprobs=2, max_tokens=8).choices[0].logprobs.content
+    choice = chat(logprobs=True, top_logprobs=2, max_tokens=8).choices[0]
+    answer = choice.logprobs.content
     assert len(answer) == 8
     for item in answer:
         assert len(item.top_logprobs) == 2 and item.top_logprobs[0].logprob == item.logprob
-        assert bytes(item.bytes).decode() == item.token
+    spelled = b"".join(bytes(item.bytes) for item in answer)
+    assert spelled.decode("utf-8", "replace") == choice.message.content
     streamed = []
     for chunk in chat(logprobs=True, top_logprobs=2, max_tokens=8, stream=True):
         streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []

@@ -1,6 +1,7 @@
 """FAULTS.md S15 and S16: odd HTTP, and who is let in."""
 
 import base64
+import http.client
 import json
 import socket
 import time
@@ -68,6 +69,80 @@ def test_s15_a_slow_body_and_a_slow_head_end(folder, monkeypatch):
         assert talk(served.port, b"GET /health HT") == b""
         assert talk(served.port, b"") == b""
         assert served.complete(prompt="the cat", max_tokens=2)
+
+
+def test_s15_a_body_that_no_route_reads_must_end_too(folder, monkeypatch):
+    """One byte at a time would otherwise keep a connection for ever."""
+    monkeypatch.setattr(server, "_BODY_SECONDS", 0.5)
+    lines = ("GET /health HTTP/1.1", "host: x", "content-length: 1000000")
+    with (
+        tiny.in_process(folder) as served,
+        socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection,
+    ):
+        connection.sendall(head(*lines))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+        def cut():
+            try:
+                connection.sendall(b"x")
+            except OSError:
+                return True
+            time.sleep(0.05)
+            return False
+
+        tiny.eventually(cut)
+
+
+@pytest.mark.parametrize(
+    ("status", "path", "more"),
+    [
+        (404, "/nowhere", {}),
+        (405, "/health", {}),
+        (413, "/v1/completions", {}),
+        (431, "/v1/completions", {f"x-{i}": "1" for i in range(300)}),
+        (401, "/v1/completions", {"authorization": "Bearer wrong"}),
+    ],
+)
+def test_s15_a_client_that_writes_first_sees_why_it_was_refused(
+    served, guarded, status, path, more
+):
+    """Closing on unread input resets the connection, and the answer would be lost."""
+    asked = guarded if status == 401 else served
+    connection = http.client.HTTPConnection("127.0.0.1", asked.port, timeout=60)
+    headers = {"content-type": "application/json", "connection": "close", **more}
+    connection.request("POST", path, b" " * (32 * 2**20), headers)
+    answer = connection.getresponse()
+    assert answer.status == status and json.loads(answer.read())["error"]["message"]
+    connection.close()
+
+
+def test_an_offer_of_another_protocol_is_passed_over(served):
+    """As Java's client and ``curl --http2`` make it with every request."""
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAA"}
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    for _ in range(2):
+        headers = {"content-type": "application/json", **offer}
+        connection.request("POST", "/v1/completions", BODY, headers)
+        answer = connection.getresponse()
+        assert answer.status == 200 and json.loads(answer.read())["object"] == "text_completion"
+    connection.close()
+
+
+def test_a_connection_lives_on_after_errors(served):
+    """Clients keep connections: what one request did wrong is not the next one's loss."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    connection.connect()
+    ours = connection.sock.getsockname()
+    wrong = [b"{", b'{"prompt": "x", "temperature": 9}', b'{"prompt": "x", "model": "y"}', b"[]"]
+    for path in ("/v1/completions", "/nowhere", "/health"):
+        for body in (*wrong, BODY):
+            connection.request("POST", path, body, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            good = body == BODY and path == "/v1/completions"
+            assert (answer.status == 200) == good
+            answer.read()
+            assert connection.sock.getsockname() == ours
+    connection.close()
 
 
 def test_s15_half_closed_sockets(served):

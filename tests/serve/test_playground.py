@@ -87,6 +87,10 @@ def reply(browser, row: int = 0) -> str:
     )
 
 
+def aside(browser) -> str:
+    return browser.evaluate("[...document.querySelectorAll('.said.aside')].at(-1)?.textContent")
+
+
 def colour(browser, css: str) -> tuple[int, int, int]:
     found = browser.evaluate(f"getComputedStyle(document.querySelector('{css}')).backgroundColor")
     return tuple(int(v) for v in re.findall(r"\d+", found)[:3])
@@ -133,6 +137,7 @@ def test_escape_stops_a_generation(page, served, slow):
     served.wait_idle()
     stopped = reply(page)
     assert stopped and page.evaluate("!panes[0].sendButton.disabled")
+    assert aside(page) == "Stopped"
     write(page, 0, "the cat")
     key(page, "Enter", 13)
     until(page, "panes[0].messages.length === 3")
@@ -167,6 +172,51 @@ def test_what_the_server_refuses_is_shown(page):
     key(page, "Enter", 13)
     until(page, "document.querySelector('.said.note')")
     assert "context" in page.evaluate("document.querySelector('.said.note').textContent")
+    assert page.evaluate("panes[0].box.value") == "the cat", "it may be sent again"
+    assert page.evaluate("document.querySelectorAll('.said.assistant').length") == 0
+
+
+def test_an_empty_row_offers_examples(page, served):
+    do(page, "$('max-tokens').value = 5")
+    do(page, "document.querySelectorAll('.empty button')[1].click()")
+    until(page, f"document.querySelector('.said.aside') && {BUSY} === 0")
+    asked = page.evaluate("document.querySelector('.said.user').textContent")
+    assert asked == page.evaluate("examples[1]") and aside(page) == "Ended at max tokens"
+    assert page.evaluate("document.querySelectorAll('.empty').length") == 0
+    do(page, "$('clear').click()")
+    assert page.evaluate("document.querySelectorAll('.empty button').length") == 3
+
+
+def test_clearing_in_the_middle_begins_a_new_conversation(page, served, slow):
+    write(page, 0, "the old house in the street")
+    key(page, "Enter", 13)
+    until(page, "panes[0].log.querySelector('.assistant')?.textContent.length > 3")
+    do(page, "$('clear').click()")
+    until(page, f"{BUSY} === 0")
+    assert page.evaluate("panes[0].messages.length") == 0
+    assert page.evaluate("document.querySelectorAll('.said').length") == 0
+
+
+def test_one_of_send_and_stop_is_there_and_keeps_the_focus(page, served, slow):
+    shown = "[...document.querySelectorAll('form button')].filter((b) => b.offsetWidth)"
+    assert page.evaluate(f"{shown}.map((b) => b.textContent)") == ["Send"]
+    write(page, 0, "the old house in the street")
+    do(page, "panes[0].sendButton.focus(); panes[0].sendButton.click()")
+    assert page.evaluate(f"{shown}.map((b) => b.textContent)") == ["Stop"]
+    assert page.evaluate("document.activeElement === panes[0].stopButton")
+    do(page, "panes[0].stopButton.click()")
+    until(page, f"{BUSY} === 0")
+    assert page.evaluate("document.activeElement === panes[0].sendButton")
+
+
+def test_a_reader_who_scrolled_up_is_left_there(page, served, slow):
+    do(page, "for (let i = 0; i < 80; i++) panes[0].say('user', 'line ' + i)")
+    assert page.evaluate("panes[0].log.scrollTop") > 100
+    do(page, "panes[0].log.scrollTop = 0")
+    write(page, 0, "the cat")
+    key(page, "Enter", 13)
+    until(page, "panes[0].log.querySelector('.assistant')?.textContent.length > 3")
+    assert page.evaluate("panes[0].log.scrollTop") == 0
 
 
 def test_text_is_never_markup(page):

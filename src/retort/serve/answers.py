@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ class Choice:
         self.finish: str | None = None
         self.stats = RequestStats()
         self.started = False
-        self.offset = 0
+        self.offset = 0  # characters that the log-probabilities' tokens have spelled so far
+        self._spelled = getincrementaldecoder("utf-8")("replace")
 
     def grow(self, delta: Delta) -> None:
         """Add what one step gave."""
@@ -38,6 +40,12 @@ class Choice:
         self.prompt_logprobs += delta.prompt_logprobs or []
         self.finish = delta.finish or self.finish
         self.stats = delta.stats or self.stats
+
+    def spell(self, data: bytes) -> int:
+        """Where in the text a token begins; half a character moves nothing."""
+        start = self.offset
+        self.offset += len(self._spelled.decode(data))
+        return start
 
 
 class Formatter:
@@ -166,11 +174,11 @@ class Formatter:
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> Answer:
-        text = self._prompts.piece(token)
+        pieces = self._prompts.pieces
         return {
-            "token": text,
+            "token": pieces.text(token),
             "logprob": max(logprob, _LEAST),
-            "bytes": list(text.encode("utf-8", "replace")),
+            "bytes": list(pieces.data(token)),
         }
 
     def _logprobs(
@@ -188,22 +196,18 @@ class Formatter:
         return self._lists(choice, rows, spec.logprobs)
 
     def _lists(self, choice: Choice, rows: list[tuple[int, Entry | None]], most: int) -> Answer:
-        texts = [self._prompts.piece(token) for token, _ in rows]
-        offsets = []
-        for text in texts:
-            offsets.append(choice.offset)
-            choice.offset += len(text)
+        pieces = self._prompts.pieces
         return {
-            "tokens": texts,
+            "tokens": [pieces.text(t) for t, _ in rows],
             "token_logprobs": [None if e is None else max(e[t], _LEAST) for t, e in rows],
             "top_logprobs": [None if e is None else self._top(t, e, most) for t, e in rows],
-            "text_offset": offsets,
+            "text_offset": [choice.spell(pieces.data(t)) for t, _ in rows],
         }
 
     def _top(self, token: int, entry: Entry, most: int) -> dict[str, float]:
         """The token itself and the best alternatives, as completions give them."""
         kept = [*_best(entry, most), (token, entry[token])]
-        return {self._prompts.piece(t): max(value, _LEAST) for t, value in kept}
+        return {self._prompts.pieces.text(t): max(value, _LEAST) for t, value in kept}
 
 
 def _best(entry: Entry, most: int) -> list[tuple[int, float]]:

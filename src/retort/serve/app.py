@@ -23,7 +23,14 @@ from retort.serve.client import EngineClient, Generation, Stopwatch
 from retort.serve.errors import ApiError, bad
 from retort.serve.jobs import Job, Jobs
 from retort.serve.metrics import CONTENT_TYPE
-from retort.serve.middleware import KEY, ApiKeys, HeaderLimits, RequestIds, error_response
+from retort.serve.middleware import (
+    KEY,
+    ApiKeys,
+    HeaderLimits,
+    RefusedBodies,
+    RequestIds,
+    error_response,
+)
 from retort.serve.openapi import document
 from retort.serve.playground import page
 from retort.serve.prompts import Prompts
@@ -236,7 +243,7 @@ def build_app(service: Service) -> ASGIApp:
             Exception: _own_fault,
         },
     )
-    return RequestIds(HeaderLimits(ApiKeys(inner, service.api_keys)))
+    return RefusedBodies(RequestIds(HeaderLimits(ApiKeys(inner, service.api_keys))))
 
 
 class _Deadline:
@@ -281,7 +288,8 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = error_response(ApiError(error.status_code, str(error.detail)))
+    asked = f"{request.method} {request.url.path[:100]}"
+    response = error_response(ApiError(error.status_code, f"{error.detail}: {asked}"))
     response.headers.update(error.headers or {})
     return response
 

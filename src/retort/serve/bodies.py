@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -12,7 +11,6 @@ from retort.serve.streaming import Disconnected
 
 MAX_BODY = 4 * 2**20
 SECONDS = 30.0
-LINGER = 5.0  # seconds for which the rest of a refused body is read and dropped
 
 
 async def read_body(request: Request, most: int = MAX_BODY, seconds: float = SECONDS) -> bytes:
@@ -31,7 +29,6 @@ async def read_body(request: Request, most: int = MAX_BODY, seconds: float = SEC
         async with asyncio.timeout(seconds):
             body = b"" if declared > most else await _gather(request, most)
         if max(declared, len(body)) > most:
-            await _discard(request)
             raise ApiError(413, f"the body is larger than {most} bytes")
         return body
     except TimeoutError:
@@ -48,17 +45,3 @@ async def _gather(request: Request, most: int) -> bytes:
         if len(body) > most:
             break
     return bytes(body)
-
-
-async def _discard(request: Request) -> None:
-    """Read what the client is still sending.
-
-    A socket closed with unread input is reset, and a reset takes the answer with it before a client
-    that writes first and reads afterwards has seen it. A client that asks first has sent nothing.
-    """
-    if request.headers.get("expect", "").lower() == "100-continue":
-        return
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER):
-            async for _ in request.stream():
-                pass

@@ -1,9 +1,11 @@
-"""Pure ASGI middleware: request ids, header limits, the API key."""
+"""Pure ASGI middleware: refused bodies, request ids, header limits, the API key."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import re
@@ -18,10 +20,44 @@ from retort.serve.errors import ApiError
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
+LINGER = 5.0  # seconds for which the rest of a refused body is read and dropped
 OPEN_PATHS = ("/health",)
 KEY = "retort.key"  # scope: which of the keys let the request in
 
 _ID = re.compile(rb"[\w.-]{1,64}")
+
+
+class RefusedBodies:
+    """Reads what a client is still sending before it is told an error.
+
+    A socket closed with unread input is reset, and a reset takes the answer with it before a client
+    that writes first and reads afterwards has seen it. A client that asks first has sent nothing,
+    and one that was too slow has had its time.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request (ASGI)."""
+        more = scope["type"] == "http" and _header(scope, b"expect").lower() != b"100-continue"
+
+        async def counted() -> Message:
+            nonlocal more
+            message = await receive()
+            more = more and bool(message.get("more_body"))
+            return message
+
+        async def after_the_body(message: Message) -> None:
+            refused = message["type"] == "http.response.start" and message["status"] >= 400
+            if refused and message["status"] != 408:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER):
+                        while more:
+                            await counted()
+            await send(message)
+
+        await self._app(scope, counted, after_the_body)
 
 
 class RequestIds:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from retort.serve.errors import bad
+from retort.serve.pieces import Pieces
 from retort.serve.protocol import Message
 
 T = TypeVar("T")
@@ -22,21 +23,25 @@ class Prompts:
     Args:
         tokenizer: of the served model.
         chat_template: replaces the tokenizer's own.
+
+    Attributes:
+        pieces: texts and bytes of single tokens.
     """
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
         if chat_template is not None:
             tokenizer.chat_template = chat_template
+        self.pieces = Pieces(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retort-tokenize")
-        self._pieces: dict[int, str] = {}
         specials = {str(token) for token in tokenizer.all_special_tokens}
         added = tokenizer.added_tokens_decoder.values()
         self._controls = sorted(specials | {t.content for t in added if t.special}, key=len)[::-1]
 
     async def text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text as it stands; control tokens spelled out in it are control tokens."""
-        encode = partial(self._tokenizer, text, add_special_tokens=add_special_tokens)
+        options = {"add_special_tokens": add_special_tokens, "verbose": False}
+        encode = partial(self._tokenizer, text, **options)
         return list(await self._run(lambda: encode().input_ids))
 
     async def chat(self, messages: Sequence[Message]) -> list[int]:
@@ -50,12 +55,6 @@ class Prompts:
         if self._tokenizer.chat_template is None:
             raise bad("this model has no chat template; use /v1/completions", "messages")
         return await self._run(lambda: self._chat(plain))
-
-    def piece(self, token: int) -> str:
-        """A token's own text."""
-        if token not in self._pieces:
-            self._pieces[token] = self._tokenizer.decode([token])
-        return self._pieces[token]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens included."""
@@ -85,7 +84,11 @@ class Prompts:
     def _template(self, messages: list[dict[str, str]], tokenize: bool) -> Any:
         try:
             made = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize
+                messages,
+                add_generation_prompt=True,
+                tokenize=tokenize,
+                return_dict=tokenize,
+                tokenizer_kwargs={"verbose": False},
             )
         except Exception as error:  # whatever the template raises is about these messages
             reason = " ".join(str(error).split())[:200]

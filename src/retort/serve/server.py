@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -29,7 +30,9 @@ from retort.serve.streaming import ABORT
 
 log = logging.getLogger("retort.serve")
 
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _HEADER_SECONDS = 15.0
+_BODY_SECONDS = 60.0  # of bodies that no route reads; `bodies` answers earlier
 _WORKER_SECONDS = 10.0
 
 
@@ -50,7 +53,7 @@ class ServeOptions:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits on the size and the time of a request's head."""
+    """uvicorn's protocol with limits on a request's time and on the size of its head."""
 
     _head = 0
     _timer: asyncio.TimerHandle | None = None
@@ -58,7 +61,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Start the clock of the first request's head."""
         super().connection_made(transport)
-        self._start_clock()
+        self._start_clock(_HEADER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
@@ -68,7 +71,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Count what arrives before a head is complete."""
         self._head += len(data)
-        super().data_received(data)
+        super().data_received(data if self._head < 0 else _without_upgrade(data))
         if self._head > 2 * MAX_HEADER_BYTES and not self.transport.is_closing():
             self.send_400_response("the request's head is too large")
 
@@ -86,22 +89,23 @@ class BoundedProtocol(HttpToolsProtocol):
         """A request begins: let its answer cut the connection."""
         super().on_message_begin()
         self.scope[ABORT] = self._cut  # type: ignore[literal-required]
-        self._start_clock()
+        self._start_clock(_HEADER_SECONDS)
 
     def on_headers_complete(self) -> None:
         """A head is complete: what follows is a body, which has limits of its own."""
-        self._stop_clock()
+        self._start_clock(_BODY_SECONDS)
         self._head = -(2**62)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The next bytes are a head again."""
+        self._stop_clock()
         self._head = 0
         super().on_message_complete()
 
-    def _start_clock(self) -> None:
+    def _start_clock(self, seconds: float) -> None:
         self._stop_clock()
-        self._timer = self.loop.call_later(_HEADER_SECONDS, self._cut)
+        self._timer = self.loop.call_later(seconds, self._cut)
 
     def _stop_clock(self) -> None:
         if self._timer is not None:
@@ -110,6 +114,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def _cut(self) -> None:
         if self.transport is not None:
             self.transport.abort()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """A head without the offer of another protocol, which a server may pass over.
+
+    Java's client and ``curl --http2`` offer h2c with every request; the parser would take their
+    body for that protocol's.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
 
 
 class DrainingServer(uvicorn.Server):
