@@ -17,10 +17,10 @@ WORKERS ?= 2
 TEST_FLAGS ?=
 DEMO_FLAGS ?=
 
-.PHONY: help setup model demo test test-slow lint format types bench docs clean
+.PHONY: help setup model demo test test-slow test-native lint format types bench docs clean
 
 help:
-	@echo "make demo | test | test-slow | lint | format | types | bench | docs | clean"
+	@echo "make demo | test | test-slow | test-native | lint | format | types | bench | docs | clean"
 
 setup: $(STAMP)
 
@@ -44,6 +44,13 @@ test: model
 
 test-slow: model
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(TEST_FLAGS)
+
+# The core's long checks: sanitizers, the built wheel outside the tree, other instruction sets.
+test-native: model
+	$(BIN)/python -m pytest -m slow --timeout 3600 tests/ops/native $(TEST_FLAGS)
+	@for isa in portable avx2; do echo "== RETORT_CPU_ISA=$$isa"; \
+	  RETORT_CPU_ISA=$$isa $(BIN)/python -m pytest tests/ops/native \
+	    tests/invariants/test_bit_equality.py $(TEST_FLAGS) || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
