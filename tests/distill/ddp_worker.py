@@ -38,14 +38,14 @@ def build(folder, batch_size, accumulation, **changes):
 def train(folder, batch_size, accumulation, start=None, **changes):
     """A run, and how many texts this process wrote in each step."""
     made = build(folder, batch_size, accumulation, **changes)
-    draw, written = made.sources.draw, []
+    draw, written = made.rollouts.sources.draw, []
 
     def counted(*arguments):
         sequences, writing = draw(*arguments)
         written.append(len(writing.texts))
         return sequences, writing
 
-    made.sources.draw = counted
+    made.rollouts.sources.draw = counted
     made.train(resume_from_checkpoint=start)
     return made, written
 
@@ -60,7 +60,7 @@ def digest(made):
     if bands is not None:
         parts |= {f"bands.{n}": float(v.double().sum()) for n, v in bands.tensors().items()}
         parts |= {f"bands.{n}": v for n, v in bands.numbers().items()}
-    return parts | {"buffer": json.dumps(made.sources.buffer.state_dict())}
+    return parts | {"buffer": json.dumps(made.rollouts.sources.buffer.state_dict())}
 
 
 def record(folder, made, written):

@@ -143,7 +143,7 @@ def test_a_preset_is_its_paper(tmp_path, name):
     models = (llama(n, dtype=torch.float64) for n in (2, 1))
     run = trainer(tmp_path, *models, method=method, per_device_train_batch_size=4, **changes)
     if "φ" in name:
-        run.sources.schedule.phi = 1.0
+        run.rollouts.sources.schedule.phi = 1.0
     examples, sequences, loss = step(run)
     assert expected_loss(PAPERS[name], run, examples, sequences) == pytest.approx(loss, rel=1e-6)
 
@@ -158,7 +158,7 @@ def test_loss_trajectories_are_pairwise_distinct(tmp_path):
     for name in PRESETS:
         folder = tmp_path / name
         run = trainer(folder, method=name, per_device_train_batch_size=8, max_steps=3)
-        run.sources.schedule.phi = 0.9
+        run.rollouts.sources.schedule.phi = 0.9
         run.train()
         lines = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
         curves[name] = [line["loss"] for line in lines if "loss" in line]

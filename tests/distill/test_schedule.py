@@ -45,8 +45,8 @@ def test_phi_zero_never_writes():
 def test_in_training_the_evaluation_moves_phi_and_the_step_has_one_source(tmp_path, monkeypatch):
     losses = iter(map(float, range(30)))
     run = trainer(tmp_path, method="distillm", max_steps=24, replay_buffer_size=6)
-    observe = run.sources.schedule.observe
-    monkeypatch.setattr(run.sources.schedule, "observe", lambda _: observe(next(losses)))
+    observe = run.rollouts.sources.schedule.observe
+    monkeypatch.setattr(run.rollouts.sources.schedule, "observe", lambda _: observe(next(losses)))
     run.train()
     steps = [r for r in run.state.log_history if "loss" in r]
     phis = [round(r["phi"], 6) for r in steps]
@@ -55,13 +55,13 @@ def test_in_training_the_evaluation_moves_phi_and_the_step_has_one_source(tmp_pa
         assert [v for k, v in record.items() if k.startswith("source/")] == [1.0]
     names = {k for r in steps for k in r if k.startswith("source/")}
     assert names == {"source/dataset", "source/student", "source/replay"}
-    assert len(run.sources.buffer) == 6
+    assert len(run.rollouts.sources.buffer) == 6
 
 
 def test_an_evaluation_outside_of_training_moves_nothing(tmp_path):
     run = trainer(tmp_path, method="distillm")
     run.evaluate()
-    assert run.sources.schedule.previous is None
+    assert run.rollouts.sources.schedule.previous is None
 
 
 def test_the_first_of_several_sets_is_followed(tmp_path):
@@ -69,4 +69,4 @@ def test_the_first_of_several_sets_is_followed(tmp_path):
     run = trainer(tmp_path, method="distillm", max_steps=1, eval_dataset=sets)
     run.train()
     expected = next(r["eval_short_loss"] for r in run.state.log_history if "eval_short_loss" in r)
-    assert run.sources.schedule.previous == pytest.approx(expected)
+    assert run.rollouts.sources.schedule.previous == pytest.approx(expected)

@@ -81,6 +81,8 @@ def test_another_run_reads_them(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == 9 and lines[0]["max_completion_length"] == 8
     run = trainer(tmp_path / "b", seed=5, **shared)
-    assert len(run.sources.teacher_texts) == 8
-    monkeypatch.setattr(run.sources.teacher_texts, "_write", None)  # would fail if it were called
+    assert len(run.rollouts.sources.teacher_texts) == 8
+    monkeypatch.setattr(
+        run.rollouts.sources.teacher_texts, "_write", None
+    )  # would fail if it were called
     run.train()

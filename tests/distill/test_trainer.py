@@ -208,7 +208,9 @@ def test_replay_uses_what_the_student_wrote_before(tmp_path):
     run.train()
     shares = [r.get("source/replay", 0) for r in logged(tmp_path)]
     assert shares[0] == 0 and max(shares) > 0
-    assert len(run.sources.buffer) == sum(r.get("rollout/texts", 0) for r in logged(tmp_path))
+    assert len(run.rollouts.sources.buffer) == sum(
+        r.get("rollout/texts", 0) for r in logged(tmp_path)
+    )
 
 
 def test_a_full_buffer_forgets_the_oldest():
@@ -364,4 +366,4 @@ def test_a_prompt_beyond_either_models_context_is_refused(tmp_path, short):
 def test_sequences_stay_within_the_shorter_context(tmp_path):
     made = trainer(tmp_path, teacher=llama(3, max_position_embeddings=40))
     assert made.max_length == 40
-    assert made.sources.writer.limit([1] * 36) == 4
+    assert made.rollouts.sources.writer.limit([1] * 36) == 4

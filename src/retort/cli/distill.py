@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
-from typing import Annotated
-
 import typer
 
-_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+from retort.cli.training import SETTINGS, ConfigFile, HelpAll, Parts, train
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb of this file."""
-    app.command("distill", context_settings=_SETTINGS)(distill)
+    app.command("distill", context_settings=SETTINGS)(distill)
 
 
-def distill(
-    context: typer.Context,
-    config: Annotated[
-        str | None, typer.Option(help="YAML file with defaults; flags win over it.")
-    ] = None,
-    help_all: Annotated[
-        bool, typer.Option("--help-all", help="List every flag, transformers' among them.")
-    ] = False,
-) -> None:
+def distill(context: typer.Context, config: ConfigFile = None, help_all: HelpAll = False) -> None:
     """Distil a teacher into a student; the same command goes on where a killed run stopped.
 
     Prints the output folder, which holds the student.
@@ -39,19 +27,15 @@ def distill(
 
         retort distill --config mgsr.yaml --method kd --max_steps 100
 
+        retort distill --config run.yaml --method seqkd --teacher_url http://localhost:8000/v1
+
         accelerate launch -m retort distill --config mgsr.yaml
     """
-    arguments = [*(["--config", config] if config is not None else []), *context.args]
-    from retort.cli.flags import flag_parser, parse_flags
-    from retort.distill.config import DistillConfig
+    train(context, config, help_all, _parts)
 
-    prog = "retort distill"
-    if help_all:
-        flag_parser(DistillConfig, prog).print_help(sys.stdout)
-        return
-    settings = parse_flags(DistillConfig, arguments, prog)
+
+def _parts() -> Parts:
+    from retort.distill.config import DistillConfig
     from retort.distill.run import run
 
-    with redirect_stdout(sys.stderr):  # what transformers prints is no part of the answer
-        folder = run(settings)
-    print(folder)
+    return DistillConfig, run

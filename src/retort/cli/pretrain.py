@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
-from typing import Annotated
-
 import typer
 
-_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+from retort.cli.training import SETTINGS, ConfigFile, HelpAll, Parts, train
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb of this file."""
-    app.command("pretrain", context_settings=_SETTINGS)(pretrain)
+    app.command("pretrain", context_settings=SETTINGS)(pretrain)
 
 
-def pretrain(
-    context: typer.Context,
-    config: Annotated[
-        str | None, typer.Option(help="YAML file with defaults; flags win over it.")
-    ] = None,
-    help_all: Annotated[
-        bool, typer.Option("--help-all", help="List every flag, transformers' among them.")
-    ] = False,
-) -> None:
+def pretrain(context: typer.Context, config: ConfigFile = None, help_all: HelpAll = False) -> None:
     """Train a language model on text; the same command goes on where a killed run stopped.
 
     Prints the output folder, which holds model and tokenizer.
@@ -39,18 +27,11 @@ def pretrain(
 
         retort pretrain --config recipes/mamba.yaml --dataset_name book.txt --max_steps 100
     """
-    arguments = [*(["--config", config] if config is not None else []), *context.args]
-    from retort.cli.flags import flag_parser, parse_flags
-    from retort.pretrain.config import PretrainConfig
+    train(context, config, help_all, _parts)
 
-    prog = "retort pretrain"
-    if help_all:
-        flag_parser(PretrainConfig, prog).print_help(sys.stdout)
-        return
-    settings = parse_flags(PretrainConfig, arguments, prog)
-    from retort.cli.progress import TrainingProgress
+
+def _parts() -> Parts:
+    from retort.pretrain.config import PretrainConfig
     from retort.pretrain.run import run
 
-    with redirect_stdout(sys.stderr):  # what transformers prints is no part of the answer
-        folder = run(settings, [TrainingProgress()])
-    print(folder)
+    return PretrainConfig, run

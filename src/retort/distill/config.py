@@ -75,6 +75,13 @@ class DistillConfig(TrainingArguments):
     teacher_quantization: str | None = say(
         None, "'8bit' or '4bit': the teacher's linears by bitsandbytes, which must be installed."
     )
+    teacher_url: str | None = say(
+        None,
+        "A teacher behind an OpenAI-compatible URL, up to and with /v1, writes the texts (seqkd).",
+    )
+    teacher_served_model_name: str | None = say(
+        None, "The teacher's name there; not needed where the server offers one model."
+    )
     teacher_signal: str | None = say(
         None, "Folder of `retort capture`, instead of the teacher's forwards on the dataset."
     )
@@ -192,7 +199,16 @@ class DistillConfig(TrainingArguments):
 
     @property
     def recipe(self) -> Preset:
-        """The method with what this configuration overrides."""
+        """The method with what this configuration overrides.
+
+        What a teacher behind a URL writes is there before the first step, as the dataset is.
+        """
+        recipe = self._asked
+        return recipe if self.teacher_url is None else replace(recipe, completions="dataset")
+
+    @property
+    def _asked(self) -> Preset:
+        """The method as it was asked for, whoever writes its offline text."""
         given = {key: getattr(self, key) for key in KEYS}
         return replace(
             preset(self.method), **{key: value for key, value in given.items() if value is not None}
@@ -201,7 +217,7 @@ class DistillConfig(TrainingArguments):
     @property
     def learns_whole_rows(self) -> bool:
         """Whether rows without a prompt can be learned: nothing is written after a prompt."""
-        return not self.recipe.writes and self.recipe.completions == "dataset"
+        return not self._asked.writes and self._asked.completions == "dataset"
 
     def dac_settings(self) -> DacSettings:
         """The constants of DAC-KL."""
@@ -259,7 +275,8 @@ class DistillConfig(TrainingArguments):
                 "are packed from text that was there before the step, and the student writes its "
                 "text within it; set lmbda to 0, or leave packing out"
             )
-        fault = contradiction(recipe) or self._schedule_fault() or self._adapter_fault()
+        faults = (self._schedule_fault, self._adapter_fault, self._url_fault)
+        fault = contradiction(recipe) or next(filter(None, (find() for find in faults)), None)
         if fault is not None:
             raise ConfigurationError(f"method={self.method!r}, lmbda={recipe.lmbda!r}: {fault}")
 
@@ -279,6 +296,24 @@ class DistillConfig(TrainingArguments):
             return f"lora_dropout={self.lora_dropout} needs disable_dropout=False"
         if self.use_peft and self.student_type is not None:
             return "use_peft adapts a trained student; student_type builds a new one: choose one"
+        return None
+
+    def _url_fault(self) -> str | None:
+        if self.teacher_url is None:
+            named = self.teacher_served_model_name
+            return f"teacher_served_model_name={named!r} needs teacher_url" if named else None
+        if not self.teacher_url.startswith(("http://", "https://")):
+            return f"teacher_url={self.teacher_url!r} must begin with http:// or https://"
+        if self._asked.distils:
+            return (
+                f"teacher_url={self.teacher_url!r} gives text, and this method compares the "
+                "models' predictions: set teacher_model_name_or_path, or choose method='seqkd'"
+            )
+        if self._asked.completions != "teacher":
+            return (
+                f"teacher_url={self.teacher_url!r} is never asked, the method reads the dataset's "
+                "completions: choose method='seqkd', or leave it out"
+            )
         return None
 
     def _check_signal(self) -> None:

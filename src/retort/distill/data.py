@@ -105,6 +105,11 @@ def collate(features: Sequence[dict[str, Any]]) -> dict[str, list[Example]]:
     return {"examples": [Example(**feature) for feature in features]}
 
 
+def prompt_of(row: dict[str, Any], encoding: Encoding) -> str | list[dict[str, str]]:
+    """A row's prompt, as text or chat messages, before it is tokenised."""
+    return _parts(row, encoding.origin, encoding)[0]
+
+
 def until_eos(ids: Sequence[int], eos_ids: Iterable[int]) -> list[int]:
     """Ids up to and including the first end-of-sequence token."""
     ends = set(eos_ids)

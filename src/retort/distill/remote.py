@@ -87,9 +87,9 @@ def complete(teacher: RemoteTeacher, prompt: Any) -> str:
     body = {"model": teacher.model, "temperature": teacher.temperature, "seed": teacher.seed}
     body["max_tokens"] = teacher.max_tokens
     if isinstance(prompt, str):
-        answer = _post(teacher, "/completions", body | {"prompt": prompt})
+        answer = _ask(teacher, "/completions", body | {"prompt": prompt})
     else:
-        answer = _post(teacher, "/chat/completions", body | {"messages": prompt})
+        answer = _ask(teacher, "/chat/completions", body | {"messages": prompt})
     try:
         choice = answer["choices"][0]
         text = choice["text"] if isinstance(prompt, str) else choice["message"]["content"]
@@ -98,12 +98,31 @@ def complete(teacher: RemoteTeacher, prompt: Any) -> str:
     return text or ""
 
 
-def _post(teacher: RemoteTeacher, route: str, body: dict[str, Any]) -> Any:
+def served_model(url: str, api_key: str | None = None) -> str:
+    """The one model that the server at ``url`` offers.
+
+    Raises ConfigurationError, with their names, where it offers none or several.
+    """
+    answer = _ask(RemoteTeacher(url, "", api_key=api_key), "/models", None)
+    try:
+        names = [each["id"] for each in answer["data"]]
+    except (KeyError, TypeError) as error:
+        raise RetortError(f"{url} gave no list of models: {answer!r:.200}") from error
+    if len(names) != 1:
+        raise ConfigurationError(
+            f"{url} offers {names}: name one of them in teacher_served_model_name"
+        )
+    return names[0]
+
+
+def _ask(teacher: RemoteTeacher, route: str, body: dict[str, Any] | None) -> Any:
+    """The answer to a POST of ``body``, to a GET without one."""
     headers = {"Content-Type": "application/json"}
     if teacher.api_key:
         headers["Authorization"] = f"Bearer {teacher.api_key}"
     url = teacher.url.rstrip("/") + route
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
     reason = ""
     for attempt in range(teacher.retries + 1):
         pause = min(0.5 * 2**attempt, _LONGEST_WAIT)

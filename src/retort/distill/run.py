@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from retort.decode.support import check_supported
@@ -20,7 +19,7 @@ from retort.distill.spans import check_chunker
 from retort.distill.teachers import load_teacher
 from retort.distill.trainer import DistillTrainer
 from retort.errors import ConfigurationError
-from retort.train import checkpoint
+from retort.train.running import train_to_end
 
 
 def run(config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -30,21 +29,15 @@ def run(config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     ends in the weights of an unbroken run; ``resume_from_checkpoint`` names another one. Raises
     ConfigurationError, before anything is trained, for what does not fit together.
     """
-    folder = Path(config.output_dir or "")
     trainer = build_trainer(config, callbacks)
-    if callbacks:
-        trainer.remove_callback(PrinterCallback)  # what is given shows the run
-    with checkpoint.alone(folder) if trainer.args.should_save else nullcontext():
-        start = config.resume_from_checkpoint or checkpoint.newest(folder)
-        if trainer.args.should_save:
-            checkpoint.clean(folder)
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+
+    def finish(folder: Path) -> None:
         if config.use_peft:
             save_merged(trainer, folder)
         else:
             trainer.save_model()
-        trainer.save_state()
-    return folder
+
+    return train_to_end(trainer, finish, quiet=bool(callbacks))
 
 
 def build_trainer(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,29 +19,24 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
-from retort.decode.support import max_length
 from retort.distill import metrics
 from retort.distill.batch import Batch, TrainingSequence, build_batch
 from retort.distill.callbacks import StepCallback
 from retort.distill.captured import CapturedTeacher, build_teacher
 from retort.distill.config import DistillConfig, fixed_choices
-from retort.distill.data import Encoding, Example, collate, end_tokens, tokenize
+from retort.distill.data import Example, collate, end_tokens
+from retort.distill.evaluation import HeldOut, watched
 from retort.distill.hidden import HeadlessModel
-from retort.distill.init import build_student, disable_dropout
+from retort.distill.init import disable_dropout
 from retort.distill.objective import Objective
 from retort.distill.packing import require_packing
-from retort.distill.records import DistillLog, correction_record
-from retort.distill.sequences.sources import Sources, source_shares
-from retort.distill.sequences.teacher_text import TeacherTexts
-from retort.distill.sequences.writers import StudentWriter, Writing, WritingSettings
-from retort.distill.sharding import RolloutCopy
-from retort.distill.teachers import has_adapter, load_teacher
+from retort.distill.parts import longest_sequence, student_for, teacher_for, tokenized
+from retort.distill.records import DistillLog
+from retort.distill.rollouts import Rollouts, Writers
 from retort.errors import ConfigurationError, RetortError
 from retort.train.arguments import resolved
 from retort.train.checkpoint import check_same_run
 from retort.train.saving import WholeCheckpointTrainer
-
-KEPT_CORRECTIONS = 64
 
 
 class DistillTrainer(WholeCheckpointTrainer):
@@ -60,8 +54,6 @@ class DistillTrainer(WholeCheckpointTrainer):
         ConfigurationError: the method needs a teacher and there is none; rows that do not fit.
     """
 
-    rollout_copy: RolloutCopy | None = None
-
     def __init__(
         self,
         model: Any = None,
@@ -75,25 +67,24 @@ class DistillTrainer(WholeCheckpointTrainer):
         args = args if args is not None else DistillConfig()
         if processing_class is None:
             raise ConfigurationError("DistillTrainer needs processing_class, the tokenizer")
-        teacher_model = _teacher_model(args, teacher_model, model)
-        model = _student_model(args, model, teacher_model)
+        teacher = teacher_for(args, teacher_model, model)
+        student = student_for(args, model, teacher)
         if args.disable_dropout:
-            disable_dropout(model)
-        self.end_tokens = end_tokens(processing_class, model)
+            disable_dropout(student)
+        self.end_tokens = end_tokens(processing_class, student)
+        self.max_length = longest_sequence(args, student, teacher)
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        ends = self.end_tokens
-        self.max_length = _longest(args, model, teacher_model)
-        longest = self.max_length
+        how = (args, processing_class, self.end_tokens, self.max_length)
         super().__init__(
-            model=model,
+            model=student,
             args=args,
             data_collator=collate,
             processing_class=processing_class,
-            **{k: _tokenized(v, k, args, processing_class, ends, longest) for k, v in data.items()},
+            **{name: tokenized(rows, name, *how) for name, rows in data.items()},
             **keywords,
         )
         self.loss_is_scaled_for_ga = True  # every term is divided by its count of the whole step
-        self._set_up(args, teacher_model, processing_class)
+        self._set_up(args, teacher, processing_class)
 
     def _set_up(self, args: DistillConfig, teacher_model: Any, tokenizer: Any) -> None:
         self.config, self.recipe, self.tokens = args, args.recipe, tokenizer
@@ -106,9 +97,8 @@ class DistillTrainer(WholeCheckpointTrainer):
             if (live := getattr(self.teacher, "live", self.teacher)) is not None:
                 require_packing(live.headless, "teacher")
         self.objective: Objective = Objective(args, tokenizer, args.device)
-        self.sources = self._build_sources()
-        self.meter, self.eval_meter = metrics.Meter(), metrics.Meter()
-        self.corrections: list[dict[str, Any]] = []
+        self.rollouts = Rollouts(args, tokenizer, self._writers())
+        self.held_out, self.meter = HeldOut(self), metrics.Meter()
         self.run_log = DistillLog(str(args.output_dir), self.is_world_process_zero())
         self._counts: dict[str, float] = {}
         self._step = metrics.Meter()
@@ -118,49 +108,16 @@ class DistillTrainer(WholeCheckpointTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def _build_sources(self) -> Sources:
-        config, recipe = self.config, self.recipe
-        teacher = None if self.teacher is None else self.teacher.model
-        student = self._bare_student()
-        if self.is_fsdp_enabled and recipe.writes:
-            self.rollout_copy = RolloutCopy(student, config.device)
-            student = self.rollout_copy.model
-        writer = StudentWriter(student, teacher, self._writing()) if recipe.writes else None
-        texts = self._teacher_texts(student, teacher) if recipe.completions == "teacher" else None
-        share = self._gathered
-        return Sources(recipe, writer, config.seed, config.replay_share, texts, share)
-
-    def _writing(self) -> WritingSettings:
-        config, recipe = self.config, self.recipe
-        return WritingSettings(
+    def _writers(self) -> Writers:
+        return Writers(
+            student=self._bare_student(),
+            teacher=None if self.teacher is None else self.teacher.model,
             end_tokens=self.end_tokens,
-            max_completion_length=config.max_completion_length,
             max_length=self.max_length,
-            batch_size=config.rollout_batch_size,
-            drafter=config.rollout_drafter,
-            draft_budget=config.rollout_draft_budget,
-            rounds=config.scrg_rounds,
-            do_sample=recipe.do_sample,
-            temperature=config.rollout_temperature,
-            interleave_top_k=recipe.interleave_top_k,
+            rank=self.accelerator.process_index,
+            sharded=self.is_fsdp_enabled,
+            share=self._gathered,
         )
-
-    def _teacher_texts(self, student: Any, teacher: Any) -> TeacherTexts:
-        """The teacher's likeliest texts, kept in a file of each process."""
-        drafter = "prompt-lookup" if self.config.rollout_drafter else None
-        settings = replace(self._writing(), drafter=drafter, do_sample=False, interleave_top_k=0)
-        writer = StudentWriter(teacher, student, settings)
-        rank = self.accelerator.process_index
-        file = Path(self.config.teacher_text_file or self._folder / "teacher_text.jsonl")
-        made_by = {
-            "teacher": self.config.teacher_model_name_or_path,
-            "revision": self.config.teacher_model_revision,
-            "max_completion_length": settings.max_completion_length,
-            "max_length": settings.max_length,
-            "end_tokens": list(settings.end_tokens),
-        }
-        path = file.with_name(f"{file.stem}-{rank}{file.suffix}") if rank else file
-        return TeacherTexts(lambda p: [t.tokens for t in writer.write(p).texts], path, made_by)
 
     # A training step
 
@@ -221,26 +178,10 @@ class DistillTrainer(WholeCheckpointTrainer):
         return norm
 
     def _sequences(self, window: list[list[Example]]) -> list[list[TrainingSequence]]:
-        started, step = perf_counter(), self.state.global_step
-        if self.rollout_copy is not None:
-            self.rollout_copy.refresh(self._bare_student())
-        revise = self.recipe.scrg and step >= self.config.scrg_start(self.state.max_steps)
-        progress = step / max(self.state.max_steps, 1)
-        sequences, writing = self.sources.draw(window, step, revise, progress)
-        self.meter.add({"time/rollout": perf_counter() - started - writing.teacher_seconds})
-        self.meter.add({"time/teacher": writing.teacher_seconds})
-        self.meter.add({f"source/{k}": float(v) for k, v in source_shares(sequences).items()})
-        self._record(writing, step)
+        step, steps = self.state.global_step, self.state.max_steps
+        sequences, sums = self.rollouts.draw(window, step, steps, self._bare_student())
+        self.meter.add(sums)
         return sequences
-
-    def _record(self, writing: Writing, step: int) -> None:
-        if writing.texts:
-            self.meter.add({"rollout/tokens": float(writing.written_tokens)})
-            self.meter.add({"rollout/texts": float(len(writing.texts))})
-            self.meter.add({"skd.judged": writing.judged, "skd.replaced": writing.replaced})
-        self.meter.add(metrics.scrg_sums(writing.counts))
-        made = [correction_record(c, step, self.tokens) for c in writing.corrections]
-        self.corrections = [*self.corrections, *made][-KEPT_CORRECTIONS:]
 
     def _batch(self, sequences: list[TrainingSequence]) -> Batch:
         pad = self.tokens.pad_token_id
@@ -281,37 +222,17 @@ class DistillTrainer(WholeCheckpointTrainer):
         self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
         """The loss of one batch of dataset completions; sums are kept for `evaluation_loop`."""
-        taught = self.teacher is not None
-        supervised = self.recipe.sft_weight > 0
-        sequences = [
-            TrainingSequence(e.prompt_ids, e.completion_ids, supervised, taught)
-            for e in inputs["examples"]
-        ]
-        batch = self._prepare_inputs(self._batch(sequences))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            streams = self.objective.measured if taught else self.objective.streams
-            sums = self.objective.sums(self.student, self.teacher, batch, model, streams)
-            loss = self.objective.combine(sums, self.objective.counts(batch))
-        self.eval_meter.add(metrics.term_sums(sums))
-        return loss.detach(), None, None
+        return self.held_out.loss(model, inputs["examples"]), None, None
 
     def evaluation_loop(self, *args: Any, **keywords: Any) -> EvalLoopOutput:
         """transformers' loop; means of each term are added, over tokens and not over batches."""
-        self.eval_meter.take()
+        self.held_out.meter.take()
         output = super().evaluation_loop(*args, **keywords)
         prefix = keywords.get("metric_key_prefix", "eval")
-        means = metrics.term_means(self._summed(self.eval_meter.take()))
-        weights = self.objective.weights
-        found = {f"{prefix}_{name}": value for name, value in means.items()}
-        found[f"{prefix}_loss"] = sum(w * means.get(n, 0.0) for n, w in weights.items())
-        if self.is_in_train and prefix == self._watched():
-            self.sources.schedule.observe(found[f"{prefix}_loss"])
+        found = self.held_out.numbers(prefix)
+        if self.is_in_train and prefix == watched(self.eval_dataset):
+            self.rollouts.sources.schedule.observe(found[f"{prefix}_loss"])
         return output._replace(metrics={**(output.metrics or {}), **found})
-
-    def _watched(self) -> str:
-        """Prefix of the evaluation that the scheduler follows: the only or the first set's."""
-        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-        return f"eval_{next(iter(several))}" if several else "eval"
 
     # Log
 
@@ -325,10 +246,10 @@ class DistillTrainer(WholeCheckpointTrainer):
         if "loss" in logs:
             logs |= metrics.numbers(self._summed(self.meter.take()))
             if self.recipe.adaptive:
-                logs["phi"] = self.sources.schedule.phi
+                logs["phi"] = self.rollouts.sources.schedule.phi
             if self.objective.bands is not None:
                 logs["dac/dual"] = self.objective.bands.state.dual
-            self.run_log.corrections(self.corrections)
+            self.run_log.corrections(self.rollouts.corrections)
         super().log(logs, start_time)
         self.run_log.append({**logs, "step": self.state.global_step})
 
@@ -342,8 +263,7 @@ class DistillTrainer(WholeCheckpointTrainer):
         bands = self.objective.bands
         state = {
             "meter": self._summed(self.meter.state_dict()),
-            "sources": self.sources.state_dict(),
-            "corrections": self.corrections,
+            **self.rollouts.state_dict(),
             "bands": None if bands is None else bands.numbers(),
             "fixed": fixed_choices(self.config),
         }
@@ -353,55 +273,6 @@ class DistillTrainer(WholeCheckpointTrainer):
         """Take back what `carried` gave; refuses to go on as another run."""
         check_same_run(state["fixed"], fixed_choices(self.config), folder)
         self.meter.load_state_dict(state["meter"] if self.is_world_process_zero() else {})
-        self.sources.load_state_dict(state["sources"])
-        self.corrections = state["corrections"]
+        self.rollouts.load_state_dict(state)
         if self.objective.bands is not None:
             self.objective.bands.load(state["bands"], tensors)
-
-
-def _longest(config: DistillConfig, *models: Any) -> int:
-    """Most tokens of a sequence: ``max_length``, within the context of student and teacher."""
-    contexts = (max_length(model.config) for model in models if model is not None)
-    return min([config.max_length, *(c for c in contexts if c is not None)])
-
-
-def _tokenized(
-    rows: Any, name: str, config: DistillConfig, tokenizer: Any, end: tuple, longest: int
-) -> Any:
-    """Rows of the argument ``name`` as ids; a dictionary of datasets stays one."""
-    if rows is None:
-        return None
-    if isinstance(rows, dict):
-        return {
-            k: _tokenized(v, f"{name} {k!r}", config, tokenizer, end, longest)
-            for k, v in rows.items()
-        }
-    evaluating = name.startswith("eval")
-    origin = (config.eval_dataset_name if evaluating else None) or config.dataset_name or name
-    encoding = Encoding(
-        tokenizer=tokenizer,
-        eos_ids=end,
-        max_length=longest,
-        completion=evaluating or config.recipe.reads_dataset,
-        as_chat=config.as_chat,
-        skip_long_prompts=config.skip_long_prompts,
-        whole=evaluating or config.learns_whole_rows,
-        completion_only=config.completion_only_loss,
-        origin=Path(origin).name,
-    )
-    return tokenize(rows, encoding, config.dataset_num_proc)
-
-
-def _teacher_model(config: DistillConfig, given: Any, student: Any) -> Any:
-    if isinstance(given, str):
-        config.teacher_model_name_or_path, given = given, None
-    own = config.teacher_signal is not None or has_adapter(student)
-    needed = (config.recipe.needs_teacher and not own) or config.student_type is not None
-    named = config.teacher_model_name_or_path is not None
-    return load_teacher(config) if given is None and (needed or named) else given
-
-
-def _student_model(config: DistillConfig, given: Any, teacher: Any) -> Any:
-    if isinstance(given, str):
-        config.model_name_or_path, given = given, None
-    return build_student(config, teacher) if given is None else given

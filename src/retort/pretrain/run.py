@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from retort.errors import ConfigurationError
@@ -16,7 +15,7 @@ from retort.pretrain.config import PretrainConfig
 from retort.pretrain.corpus import Corpus, load_texts, pack, train_tokenizer
 from retort.pretrain.model import new_model
 from retort.pretrain.trainer import PretrainTrainer
-from retort.train import checkpoint
+from retort.train.running import train_to_end
 
 
 def run(config: PretrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -34,21 +33,13 @@ def train(trainer: PretrainTrainer, quiet: bool = False) -> Path:
 
     ``quiet`` leaves showing the run to the trainer's other callbacks.
     """
-    config = trainer.config
-    folder = Path(config.output_dir or "")
-    if quiet:
-        for theirs in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(theirs)
-    with checkpoint.alone(folder) if trainer.args.should_save else nullcontext():
-        start = config.resume_from_checkpoint or checkpoint.newest(folder)
-        if trainer.args.should_save:
-            checkpoint.clean(folder)  # under the lock: it may be another run's that is being filled
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+
+    def finish(_: Path) -> None:
         trainer.save_model()
         if trainer.eval_dataset is not None:
             trainer.evaluate()
-        trainer.save_state()
-    return folder
+
+    return train_to_end(trainer, finish, quiet)
 
 
 def build_trainer(
