@@ -40,7 +40,7 @@ def main() -> None:
     for name in list(results)[1:]:
         results[name]["compared"] = compared(results["retort"], results[name])
     show(results)
-    record = Provenance.collect({**vars(options), "trl": None}).to_dict()
+    record = Provenance.collect({**vars(options), "trl": None, "output": None}).to_dict()
     record["command"], record["arguments"]["prompts"] = [], Path(options.prompts).name
     record["peer_versions"] = {name: arm.versions for name, arm in arms.items()}
     write_json(options.output, {"provenance": record, "rounds": rounds, "results": results})

@@ -4,17 +4,20 @@
 
 Without names a 13B teacher and a 7B student of Llama 2's sizes are planned for. `--captured` plans
 for a captured signal in the teacher's place, `--lora` for adapters of that rank on frozen weights.
+`--output FILE` keeps the plan as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from retort.distill.memory import MemoryPlan, Workload, on_meta, plan
+from retort.provenance import Provenance, write_json
 
 LLAMA = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
@@ -31,6 +34,7 @@ def main() -> None:
     names = [each.name for each in fields(MemoryPlan)]
     print("| GPUs | " + " | ".join(n.replace("_", " ") for n in names) + " | total GB |")
     print("|" + "---|" * (len(names) + 2))
+    plans = []
     for count in options.processes:
         work = Workload(
             rows=options.rows,
@@ -40,8 +44,12 @@ def main() -> None:
             gradient_checkpointing=not options.no_checkpointing,
         )
         made = plan(student, teacher, work)
+        plans.append({"processes": count, "total": made.total, **asdict(made)})
         sizes = " | ".join(f"{getattr(made, name) / 1e9:.2f}" for name in names)
         print(f"| {count} | {sizes} | {made.total / 1e9:.1f} |")
+    if options.output:
+        record = Provenance.collect({**vars(options), "output": None}).to_dict() | {"command": []}
+        write_json(options.output, {"bytes": plans, "provenance": record})
 
 
 def arguments() -> argparse.Namespace:
@@ -56,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rollout-rows", type=int, default=8)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
 

@@ -92,7 +92,7 @@ def test_distill_names_an_unknown_yaml_key_and_exits_2(capsys, yaml_file):
 
 def test_distill_hands_the_configuration_to_the_run(capsys, monkeypatch, tmp_path, yaml_file):
     seen = []
-    monkeypatch.setattr("retort.distill.run.run", lambda config: seen.append(config) or tmp_path)
+    monkeypatch.setattr("retort.distill.run.run", lambda config, _: seen.append(config) or tmp_path)
     file = yaml_file(f"method: kd\noutput_dir: {tmp_path}\nmax_steps: 5\n")
     assert cli.run(["distill", "--config", file, "--max-steps", "2", "--temperature=2"]) == 0
     assert (seen[0].method, seen[0].max_steps, seen[0].temperature) == ("kd", 2, 2)

@@ -227,7 +227,7 @@ def logged_step(folder):
     return max([json.loads(x)["step"] for x in lines if x.endswith("\n")], default=-1)
 
 
-def wait_for(done, process, seconds=120):
+def wait_for(done, process, seconds=280):
     ends = time.monotonic() + seconds
     while not done():
         assert process.poll() is None, process.stderr.read().decode()

@@ -137,7 +137,7 @@ def test_the_command_killed_in_the_middle_goes_on_exactly(texts, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(resolved(config(broken, texts, **changes))))
     command = [*COMMAND, str(tmp_path / "run.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 280
     while not (broken / "checkpoint-6").is_dir():
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < ends
