@@ -89,3 +89,15 @@ def test_generate_keeps_the_outputs_of_other_requests_for_step():
         assert [o.request_id for o in outputs] == [rid, other]
         assert outputs[0].token_ids == reference(model, short, max_new_tokens=3)
         assert not engine.has_unfinished()
+
+
+def test_a_request_id_is_used_once_at_a_time():
+    with Engine(toy(num_hidden_layers=1)) as engine:
+        few = SamplingParams(max_new_tokens=2)
+        engine.add_request([3, 4], few, request_id="mine")
+        with pytest.raises(ConfigurationError, match="request id 'mine' is already in use"):
+            engine.add_request([5, 6], few, request_id="mine")
+        while engine.has_unfinished():
+            (done,) = engine.step() or (None,)
+        assert done.prompt_token_ids == [3, 4]
+        assert engine.add_request([5, 6], few, request_id="mine") == "mine"

@@ -8,6 +8,7 @@ from retort.decode.engine import Engine
 from retort.decode.request import SamplingParams
 from retort.errors import ConfigurationError, UnsupportedModelError
 from tests.decode.toys import ARCHITECTURES, prompts, reference, toy
+from tests.models import mambas, retnets
 
 NEW = 24
 
@@ -16,6 +17,18 @@ NEW = 24
 def test_every_architecture_equals_generate_on_ragged_batches(name):
     model, texts = toy(name), prompts()
     expected = [reference(model, p, max_new_tokens=NEW) for p in texts]
+    for drafter, budget in ((None, 0), ("prompt-lookup", 5), (model, 3)):
+        with Engine(model, drafter=drafter, draft_budget=budget, max_batch_size=3) as engine:
+            outputs = engine.generate(texts, max_new_tokens=NEW)
+        assert [o.token_ids for o in outputs] == expected
+        assert (engine.stats.accepted_tokens > 0) == (drafter is not None)
+
+
+@pytest.mark.parametrize("name", ["dense_retnet", "dense_mamba"])
+def test_our_own_models_equal_generate_on_ragged_batches(name):
+    model = {"dense_retnet": retnets, "dense_mamba": mambas}[name].tiny()
+    texts = [[t % 31 for t in p] for p in prompts()]
+    expected = [reference(model, p, max_new_tokens=NEW, pad_token_id=0) for p in texts]
     for drafter, budget in ((None, 0), ("prompt-lookup", 5), (model, 3)):
         with Engine(model, drafter=drafter, draft_budget=budget, max_batch_size=3) as engine:
             outputs = engine.generate(texts, max_new_tokens=NEW)
@@ -73,8 +86,9 @@ def test_a_perfect_drafter_of_length_k_gives_k_plus_one_tokens_a_step():
     expected = [reference(model, p, max_new_tokens=21) for p in texts]
     drafter = ScriptedDrafter("right", [p + e for p, e in zip(texts, expected, strict=True)])
     with Engine(model, drafter=drafter, draft_budget=4) as engine:
-        engine.generate(texts, max_new_tokens=21)  # one by prefill, then 4 steps of 5
+        outputs = engine.generate(texts, max_new_tokens=21)  # one by prefill, then 4 steps of 5
         assert engine.stats.steps == 5
+        assert [(o.stats.steps, o.stats.accepted_tokens) for o in outputs] == [(5, 16)] * 3
         assert engine.stats.tokens_per_step == 5
 
 
@@ -191,6 +205,7 @@ def test_the_model_is_unchanged_between_and_after_passes():
         ([97], {}, "token id 97"),
         ([-1], {}, "token id -1"),
         (list(range(3, 90)) * 3, {}, "context is 256"),
+        ([3] * 256, {}, "256 tokens and the model's context is 256"),
         ([3], {"temperature": float("nan")}, "temperature"),
         ([3], {"top_p": 1.5}, "top_p"),
         ([3], {"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens"),
