@@ -92,10 +92,10 @@ def measure(options, size, drafter):
 
 def watched(engine, model):
     clock = Clock()
-    clock.wrap(engine, "_schedule", "schedule")
+    clock.wrap(engine._step, "schedule", "schedule")
     clock.wrap(engine.drafting, "propose", "draft")
     clock.wrap(engine.target, "forward", "forward")
-    clock.wrap(engine, "_accept", "verify and emit")
+    clock.wrap(engine._step, "accept", "verify and emit")
     inner = model.model
     for part, modules in {
         "embedding": [inner.embed_tokens],

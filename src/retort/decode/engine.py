@@ -1,37 +1,28 @@
 """The engine: many requests decode together, each row on its own clock.
 
-A step in the order of the paper (EMS-SD, arXiv 2405.07542): schedule, draft, one packed forward,
-verify row by row, rewind what was rejected, emit.
+Here is what callers see; a step is in `retort.decode.step`, rows come and go in
+`retort.decode.seats`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
-
-from torch import Tensor
 
 from retort.decode.admission import Admission, Prompt, is_single
 from retort.decode.budget import build_budget
-from retort.decode.draft import Draft
 from retort.decode.drafting import DEFAULT, Drafting
-from retort.decode.faults import salvage
 from retort.decode.outputs import chunk, output
 from retort.decode.pace import PrefillPace
 from retort.decode.packed import PackedModel
 from retort.decode.prefixes import PrefixCache
 from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
-from retort.decode.scheduler import Plan, Scheduler
-from retort.decode.scoring import score_prompts, wanted
+from retort.decode.scheduler import Scheduler
 from retort.decode.stats import EngineStats
-from retort.decode.stopping import extend
+from retort.decode.step import Step
 from retort.decode.support import check_supported
-from retort.decode.verify import RULES, greedy, verify
+from retort.decode.verify import RULES
 from retort.errors import ConfigurationError, RetortError
-
-Drafts = list[Draft]
 
 
 class Engine:
@@ -98,7 +89,7 @@ class Engine:
         self.scheduler = Scheduler(
             max_batch_size, max_prefill_tokens, max_cached_tokens, self.budget.max_draft, debug
         )
-        self._pace = PrefillPace(max_prefill_tokens, prefill_stretch)
+        pace = PrefillPace(max_prefill_tokens, prefill_stretch)
         self.target = self._build_target(
             tape=tape,
             cpu_backend=cpu_backend,
@@ -112,7 +103,9 @@ class Engine:
         except BaseException:
             self.target.close()
             raise
-        self.stats = EngineStats()
+        self._step = Step(
+            self.target, self.scheduler, self.drafting, self.prefixes, pace, verification
+        )
         self._requests: dict[str, Request] = {}
         self._finished: list[RequestOutput] = []
         self._count = 0
@@ -137,6 +130,15 @@ class Engine:
         tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
         options.setdefault("release_weights", True)
         return cls(model, tokenizer, **options)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters since the engine was built; assign new ones to count from here on."""
+        return self._step.stats
+
+    @stats.setter
+    def stats(self, fresh: EngineStats) -> None:
+        self._step.stats = fresh
 
     # One call for many prompts
     def generate(
@@ -254,7 +256,7 @@ class Engine:
         limit = request.limit if max_new_tokens is None else length + len(append) + max_new_tokens
         self.scheduler.check(request_id, limit)
         request.check_kept(length)
-        self._rewind_row(request, length if append else length - 1)
+        self._step.seats.rewind(request, length if append else length - 1)
         request.reopen(length, append, limit)
         self._admission.limit(request)
         self._admission.replay(request)
@@ -302,14 +304,10 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # The parts of a step
+    # Details
     def _pass(self) -> None:
-        """Schedule, draft, forward, verify; what finishes is handed out by `step`."""
-        plan = self._schedule()
-        with self._clock(plan):
-            drafts = self.drafting.propose(plan.decodes, queued=bool(self.scheduler.waiting))
-            logits = self._forward(plan, drafts)
-            self._accept(plan, drafts, logits)
+        """One step; what finishes is handed out by `step`."""
+        self._step.run()
         self._finished += self._retire()
 
     def _advance(self, ids: Sequence[str]) -> list[RequestOutput]:
@@ -318,60 +316,6 @@ class Engine:
         mine = [o for o in self._finished if o.request_id in ids]
         self._finished = [o for o in self._finished if o.request_id not in ids]
         return mine
-
-    def _schedule(self) -> Plan:
-        if self.prefixes.enabled:
-            self._start_from_prefixes()
-        self.scheduler.slice = self._pace.slice(sum(r.decoding for r in self.scheduler.running))
-        plan = self.scheduler.schedule()
-        for request in plan.preempted:
-            self._park(request)
-        for request in plan.admitted:
-            self._seat(request)
-        return plan
-
-    def _forward(self, plan: Plan, drafts: Drafts) -> Tensor | None:
-        feeds = [(p.request.row, p.tokens) for p in plan.prefills]
-        decodes = zip(plan.decodes, drafts, strict=True)
-        feeds += [(row.row, [*row.pending, *draft.tokens]) for row, draft in decodes]
-        rows = [*(p.request for p in plan.prefills), *plan.decodes]
-        if not feeds:
-            return None
-        keep = [wanted(p) for p in plan.prefills] + [1 + len(d) for d in drafts]
-        started = time.perf_counter()
-        try:
-            logits = self.target.forward(feeds, keep, greedy=all(map(greedy, rows)))
-        except Exception as error:
-            logits = salvage(self.target, plan, drafts, keep, error)
-        else:
-            if not plan.prefills:
-                tokens, seconds = sum(len(t) for _, t in feeds), time.perf_counter() - started
-                self.budget.time_step(len(feeds), tokens, seconds)
-        return score_prompts(plan, keep, logits)
-
-    def _accept(self, plan: Plan, drafts: Drafts, logits: Tensor | None) -> None:
-        for prefill in plan.prefills:
-            if prefill.request.fed == 0 and self.prefixes.enabled:  # looked up and not found
-                self.stats.prefix_queries += len(prefill.request.prompt)
-            prefill.request.fed += len(prefill.tokens)
-            self.stats.prompt_tokens += len(prefill.tokens)
-            self.prefixes.keep(prefill.request)
-        if logits is None:
-            return
-        ready = [p.request for p in plan.prefills if p.last]
-        requests, drafts = ready + plan.decodes, [Draft() for _ in ready] + drafts
-        gains = verify(requests, drafts, logits, self.verification)
-        for request, draft, tokens in zip(requests, drafts, gains, strict=True):
-            self._emit(request, draft, tokens)
-
-    def _emit(self, request: Request, draft: Draft, tokens: list[int]) -> None:
-        taken = extend(request, tokens)
-        del request.logprobs[len(request.output) :]
-        request.stats.steps += 1
-        if draft.tokens:
-            self._record_draft(request, draft, max(len(tokens) - 1, 0))
-        self._rewind_row(request, len(request.tokens) - 1)
-        self.stats.generated_tokens += len(taken)
 
     def _retire(self) -> list[RequestOutput]:
         done = [r for r in self.scheduler.running if r.finish_reason is not None]
@@ -382,7 +326,6 @@ class Engine:
                 self.check()
         return outputs
 
-    # Details
     def _build_target(self, **options: Any) -> PackedModel:
         return PackedModel(self.model, max_draft=max(self.budget.max_draft, 1), **options)
 
@@ -416,45 +359,6 @@ class Engine:
             )
         return request
 
-    def _park(self, request: Request) -> None:
-        """Take a preempted row out of the cache."""
-        request.parked = self.target.cache.park(request.row)
-        request.row = -1
-        if request.parked is None:
-            request.fed = 0
-        self.drafting.forget(request.id)
-        self.stats.preemptions += 1
-
-    def _start_from_prefixes(self) -> None:
-        """Rows of which nothing was read yet begin with a kept copy, where there is one."""
-        for request in self.scheduler.unread():
-            if request.params.prompt_logprobs is not None:  # these need every token's logits
-                continue
-            if (kept := self.prefixes.find(request)) is None:
-                continue
-            request.parked, request.fed = kept, kept.length
-            request.stats.cached_tokens = min(kept.length, len(request.prompt))
-            self.stats.prefix_queries += len(request.prompt)
-            self.stats.prefix_hits += request.stats.cached_tokens
-            if request.row >= 0:
-                self.target.free_row(request.row)
-                request.row = -1
-                self._seat(request)
-
-    def _seat(self, request: Request) -> None:
-        """Give a request its row, unless it was held."""
-        cache = self.target.cache
-        if request.row < 0:
-            parked, request.parked = request.parked, None
-            room = len(request.tokens)
-            request.row = cache.add_row(room) if parked is None else cache.unpark(parked, room)
-
-    def _rewind_row(self, request: Request, length: int) -> None:
-        if request.row >= 0:
-            if self.target.length(request.row) > length:
-                self.target.rewind(request.row, length)
-            request.fed = self.target.length(request.row)
-
     def _finish(self, request: Request, hold: bool) -> RequestOutput:
         self.scheduler.remove(request)
         finished = output(request, self._admission.text(request))
@@ -467,22 +371,4 @@ class Engine:
     def _free(self, request: Request) -> None:
         self.scheduler.remove(request)
         self._requests.pop(request.id)
-        if request.row >= 0:
-            self.target.free_row(request.row)
-        self.drafting.release(request.id)
-
-    @contextmanager
-    def _clock(self, plan: Plan) -> Iterator[None]:
-        """Count a step; only steps without prompt slices tell the decoding speed."""
-        started, before = time.perf_counter(), self.stats.generated_tokens
-        yield
-        seconds, new = time.perf_counter() - started, self.stats.generated_tokens - before
-        self.stats.packed_tokens = self.target.forward_tokens
-        self.stats.padding_tokens = self.target.padding_tokens
-        self._pace.observe(len(plan.decodes), sum(len(p.tokens) for p in plan.prefills), seconds)
-        self.stats.record_step(seconds, len(plan.decodes), new, prompts=bool(plan.prefills))
-
-    def _record_draft(self, request: Request, draft: Draft, accepted: int) -> None:
-        request.stats.record_draft(len(draft), accepted)
-        self.stats.record_draft(len(draft), accepted)
-        self.drafting.observe(request, draft, accepted)
+        self._step.seats.free(request)
