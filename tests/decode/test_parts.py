@@ -220,6 +220,46 @@ def test_plain_passes_are_timed_live_and_drafts_add_what_they_added():
     assert cost.seconds(1, 3) > cost.seconds(1)  # no draft is free
 
 
+def test_a_disturbed_plain_pass_does_not_count():
+    cost = PassCost(StepCost({1: 1.0, 16: 2.0}))
+    for seconds in (9.0, 1.0, 1.1, 0.9, 1.0):
+        cost.record(4, 0, seconds)
+    assert cost.seconds(4) == 1.0
+
+
+def test_where_every_pass_has_drafts_a_plain_one_is_due_now_and_then():
+    budget, plain = _budget(128, 0.0, prior=0.9), 0
+    for _ in range(400):
+        n = sum(_give(budget, ["a", "b"], [4, 4]))
+        budget.time_step(2, 2 + n, 1.0)
+        plain += n == 0
+    assert 400 / 17 - 1 <= plain <= 400 / 16 + 4
+    assert budget.cost.plain == {2: 1.0}
+
+
+class Eager:
+    """Drafts something at every step, and counts how often it is asked."""
+
+    passes, asked = False, 0
+
+    def propose(self, contexts):
+        self.asked += 1
+        return [[5] * min(c.limit, 3) for c in contexts]
+
+    def release(self, request_id):
+        pass
+
+
+@pytest.mark.parametrize(("budget", "often"), [(_budget(1, 9.0), False), (3, True)])
+def test_where_drafts_never_pay_drafters_are_asked_less_often(budget, often):
+    drafter = Eager()
+    with Engine(toy(eos_token_id=None), drafter=drafter, draft_budget=budget) as engine:
+        engine.generate([[5, 6, 7]], max_new_tokens=50)
+        assert (engine.stats.draft_tokens > 0) == often
+        asked = drafter.asked / (engine.stats.steps - 1)
+    assert asked > 0.9 if often else 0.3 < asked < 0.5
+
+
 def test_budgets_are_checked():
     assert isinstance(build_budget(3), FixedBudget)
     for bad in (-1, "some"):

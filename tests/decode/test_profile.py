@@ -52,7 +52,8 @@ def test_a_profile_that_overrates_drafts_is_found_out():
         if drafts:
             budget.observe("a", "d", drafts, drafts, match=8)
         sent.append(drafts)
-    assert not any(sent[:20]) and min(sent[-500:]) > 0
+    assert not any(sent[:20])
+    assert sent[-500:].count(0) <= 500 / 16 + 1  # but for the plain passes that are due
 
 
 def test_measuring_counts_no_pass_and_leaves_no_row(target):

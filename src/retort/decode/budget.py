@@ -115,6 +115,8 @@ class AutoBudget:
 
     def allocate(self, candidates: Sequence[Candidate]) -> list[int]:
         """Best prefix of all draft positions, sorted by the probability that they survive."""
+        if self.cost.plain_is_due(len(candidates)):
+            return [0] * len(candidates)
         plain = self.cost.seconds(len(candidates))
         shares = worth(candidates, plain, self.cost.seconds(1))
         each = plain / max(len(candidates), 1)

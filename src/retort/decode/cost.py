@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 
 _LEAST = 0.25
+_RECENT = 5  # plain passes of as many rows whose median counts: one that was disturbed does not
+_STALE = 16  # passes with drafts after which a plain one is due
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)
 
 
@@ -14,9 +19,16 @@ class StepCost:
     """T(tokens), seconds of a pass, learnt from live step times between fixed knots."""
 
     seconds_at: dict[int, float] = field(default_factory=dict)
+    _found: dict[int, float] = field(default_factory=dict, repr=False)
+
+    def learn(self, profile: Mapping[int, float]) -> None:
+        """Take over measured times."""
+        self.seconds_at |= profile
+        self._found.clear()
 
     def record(self, tokens: int, seconds: float) -> None:
         """Blend a measurement into its knot; the others follow a little, as the machine drifts."""
+        self._found.clear()
         knot = _BUCKETS[min(bisect_left(_BUCKETS, tokens), len(_BUCKETS) - 1)]
         if knot not in self.seconds_at:
             self.seconds_at[knot] = seconds
@@ -27,6 +39,11 @@ class StepCost:
 
     def seconds(self, tokens: int) -> float:
         """T by linear interpolation; 1 second flat where nothing was measured."""
+        if tokens not in self._found:  # asked for every position of every draft
+            self._found[tokens] = self._interpolated(tokens)
+        return self._found[tokens]
+
+    def _interpolated(self, tokens: int) -> float:
         knots = sorted(self.seconds_at)
         if not knots:
             return 1.0
@@ -42,13 +59,15 @@ class StepCost:
 class PassCost:
     """Seconds of a pass in which ``rows`` rows decode and drafts are verified beside.
 
-    Plain passes are timed live, for each number of rows; from the profile, which knows one short
+    Plain passes are timed live, for each number of rows, and where every pass has drafts one is due
+    now and then: it loses nothing against plain decoding, and what drafts cost is measured against
+    it. From the profile, which knows one short
     row only, comes what more tokens *add*, times a factor that passes with drafts teach [our
     choice: a profile taken as it stands underrates what drafts cost beside many long rows].
 
     Args:
         profile: T(tokens) of one row.
-        plain: seconds of plain passes by number of rows.
+        plain: seconds of plain passes by number of rows, the median of the latest.
         factor: what drafts really added, relative to the profile.
         hope: share by which the factor falls in a step without any draft, so that a profile which
             overrates drafts is found out.
@@ -58,19 +77,28 @@ class PassCost:
     plain: dict[int, float] = field(default_factory=dict)
     factor: float = 1.0
     hope: float = 0.002
+    _recent: dict[int, deque[float]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=_RECENT)), repr=False
+    )
+    _since: dict[int, int] = field(default_factory=lambda: defaultdict(int), repr=False)
 
     def seconds(self, rows: int, drafts: int = 0) -> float:
         """Expected seconds."""
         return self._plain(rows) + self.factor * self._added(rows, drafts)
 
+    def plain_is_due(self, rows: int) -> bool:
+        """Whether what a plain pass of so many rows takes should be seen again; sooner at first."""
+        return self._since[rows] >= min(4 * max(len(self._recent[rows]), 1), _STALE)
+
     def record(self, rows: int, drafts: int, seconds: float) -> None:
         """Learn from a pass."""
-        plain = self._plain(rows)
         if not drafts:
-            ratio = min(max(seconds / plain, 0.5), 2.0)
-            self.plain[rows] = plain * (0.85 + 0.15 * ratio) if rows in self.plain else seconds
+            self._recent[rows].append(seconds)
+            self.plain[rows] = median(self._recent[rows])
+            self._since[rows] = 0
             return
-        added = self._added(rows, drafts)
+        self._since[rows] += 1
+        plain, added = self._plain(rows), self._added(rows, drafts)
         seen = min(max((seconds - plain) / added, 0.0), 4.0)
         weight = min(0.1, 0.3 * added / plain)  # where drafts add little, noise says nothing
         self.factor = max(self.factor + weight * (seen - self.factor), _LEAST)
