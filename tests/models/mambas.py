@@ -58,8 +58,9 @@ def naive_logits(model, tokens):
 def naive_mixer(config, w, x, earlier):
     w = {name.removeprefix("mixer."): weight for name, weight in w.items()}
     rank, n = config.time_step_rank, config.state_size
-    u, z = (x @ w["in_proj.weight"].T).chunk(2, -1)
-    u = F.silu(reference.causal_convolution(u, w["conv1d.weight"][:, 0], w["conv1d.bias"]))
+    u, z = (x @ w["in_proj.weight"].T + w.get("in_proj.bias", 0)).chunk(2, -1)
+    bias = w.get("conv1d.bias", torch.zeros_like(w["D"]))
+    u = F.silu(reference.causal_convolution(u, w["conv1d.weight"][:, 0], bias))
     dt, b, c = (u @ w["x_proj.weight"].T).split([rank, n, n], -1)
     dt = F.softplus(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"])
     own = reference.selective_states(-w["A_log"].exp().T, dt, b, u)
@@ -67,7 +68,7 @@ def naive_mixer(config, w, x, earlier):
     if earlier and config.dense_gate:
         gate = F.silu(F.silu(x @ w["select.fc1.weight"].T) @ w["select.fc2.weight"].T)
     y = reference.dense_readout(c, own, gate, earlier) + w["D"] * u
-    return (y * F.silu(z)) @ w["out_proj.weight"].T, own
+    return (y * F.silu(z)) @ w["out_proj.weight"].T + w.get("out_proj.bias", 0), own
 
 
 def norm(x, weight, eps=1e-5):

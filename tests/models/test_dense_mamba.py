@@ -23,6 +23,7 @@ VARIANTS = {
     "no gate": {"dense_gate": False},
     "m beyond the layers": {"dense_block_layers": 5, "intermediate_select_scale": 8},
     "other sizes": {"state_size": 3, "conv_kernel": 2, "expand": 3, "time_step_rank": 2},
+    "other biases": {"use_bias": True, "use_conv_bias": False},
 }
 FORMS = [(form, size) for form in ("chunked", "rescan", "recurrent") for size in (1, 7, 64, 4096)]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from retort.cache.recurrent import RecurrentRowCache, TapeKind, check_tape
 from retort.cache.rows import PackedRows, Spare
 from retort.cache.tape import Pages, Tape, grown
+from retort.ops.native.mamba import MambaMemory
 from retort.ops.native.scan import ScanRows, ragged_scan
 from retort.ops.segments import Piece, Span
 from retort.ops.selective_scan import ScanInputs
@@ -333,6 +334,27 @@ class MambaRowCache(RecurrentRowCache):
         counts = self.layout.counts if self.layout else ()
         kept = zip(run.kept.tokens, run.fresh, strict=True)
         return ScanRows(counts, tuple(initial.get(i, -1) for i in range(len(counts))), tuple(kept))
+
+    def native_memory(self, a: Sequence[Tensor]) -> MambaMemory:
+        """This pass for a call that runs all layers, which writes states and tape itself.
+
+        Args:
+            a: A ``[N, D]`` of each layer.
+        """
+        run, layout = self._running, self.layout
+        assert layout is not None
+        rows, self._a = self.scan_rows(), list(a)
+        parts = zip(layout.rows, layout.starts, layout.counts, strict=True)
+        last = tuple(run.anchors[row][start + count] for row, start, count in parts)
+        pages, offsets, valid = run.history
+        if valid is not None:
+            pages = pages.masked_fill(~valid[..., 0], -1)
+        tape = torch.full((2, layout.total), -1)
+        tape[1] = 0
+        if run.taped.tokens:
+            tape[:, run.taped.tokens] = self._index(run.taped.places).t()
+        stores = self.states, self.tape.keys, self.tape.values
+        return MambaMemory(rows, last, *stores, (pages, offsets), (tape[0], tape[1]))
 
     @torch.no_grad()
     def tape_inputs(self, layer: int, piece: Piece | Span, x: Tensor, inputs: ScanInputs) -> None:

@@ -30,6 +30,7 @@ from retort.ops.native.retention import (
     fold_states,
     ragged_retention,
 )
+from retort.ops.native.retnet import RetNetMemory
 from retort.ops.retention import BlockDecay, block_fold, block_output, log_decay
 
 
@@ -322,6 +323,26 @@ class RetentionRowCache(RecurrentRowCache):
         if movers:
             run.moved.append((layer, self._index(movers), moved))
         return y
+
+    def native_memory(self, positions: Tensor) -> RetNetMemory:
+        """This pass for a call that runs all layers, which writes the tape itself.
+
+        Args:
+            positions: int64 ``[total]``, each token's position in its row.
+        """
+        run = self._pass
+        if run is None:
+            raise RuntimeError("layers read and write the cache between begin() and end() only")
+        rows = run.native = run.native or self._native_rows(run)
+        movers = [row for row, at in zip(run.layout.rows, rows.moved, strict=True) if at >= 0]
+        moved = torch.empty(self.shape.layers, len(movers), *self.states.shape[2:])
+        if movers:
+            index = self._index(movers)
+            run.moved += [(layer, index, states) for layer, states in enumerate(moved)]
+        tokens, pages, _ = run.written
+        kept = pages.new_full((rows.total,), -1).index_copy_(0, tokens, pages)
+        stores = self.states, self.tape.keys, self.tape.values
+        return RetNetMemory(self._tables, rows, *stores, moved, positions, kept)
 
     def _native_rows(self, run: _Pass) -> RetentionRows:
         layout, length = run.layout, self.block

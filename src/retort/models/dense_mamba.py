@@ -40,7 +40,7 @@ from retort.cache.recurrent import Feed
 from retort.errors import ConfigurationError
 from retort.models.carried import CarriedMamba, CarriedPass, MambaState, OneTokenPass
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
-from retort.models.mamba_native import SILU, NativePass, serves
+from retort.models.mamba_native import SILU, NativePass, native_layers, run_layers, serves
 from retort.models.mamba_passes import MambaPass, PassConvolution, RescanPass, StatePass
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
 from retort.ops.clock import Clock
@@ -308,9 +308,7 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         native = serves(self.config, x, cache)
         if isinstance(cache, MambaRowCache):
             with cache.feed(x.shape[:2], attention_mask) as feed:
-                counts = cache.layout.counts if cache.layout else ()
-                step = self._step(counts, cache, x.device, native)
-                inputs, hidden = self._run(feed.pack(x), step, want)
+                inputs, hidden = self._cached(feed.pack(x), cache, native, want)
         else:
             starts = None if cache else starts
             feed, step = self._uncached(x, attention_mask, starts, cache, native)
@@ -323,6 +321,16 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
             past_key_values=cache,  # type: ignore[arg-type]  # our own kind of cache
             hidden_states=states,
         )
+
+    def _cached(
+        self, x: Tensor, cache: MambaRowCache, native: bool, want_inputs: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        """As `_run`, for ``x`` of the cache's pass; one call where the core knows all of it."""
+        counts = cache.layout.counts if cache.layout else ()
+        layers = native_layers(self) if native and counts and not want_inputs else None
+        if layers is not None:
+            return [], run_layers(layers, x, cache)
+        return self._run(x, self._step(counts, cache, x.device, native), want_inputs)
 
     def _run(self, x: Tensor, step: MambaPass, want_inputs: bool) -> tuple[list[Tensor], Tensor]:
         """Each layer's input where wanted, and the normed output, all ``[n, hidden]``."""

@@ -30,6 +30,7 @@ from retort.errors import ConfigurationError
 from retort.models.carried import CarriedRetention, RetentionState
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
+from retort.models.retnet_native import native_layers, run_layers
 from retort.ops.clock import Clock
 from retort.ops.elementwise import core_arithmetic, silu
 from retort.ops.native.activation import rotate_pairs
@@ -320,8 +321,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         if isinstance(cache, RetentionRowCache):
             native = cache.on_core and not torch.is_grad_enabled()
             with cache.feed(hidden.shape[:2], attention_mask) as feed, core_arithmetic(native):
-                step = self._cached(feed, hidden, cache, native)
-                hidden = self.norm(self._run_layers(hidden, step))
+                hidden = self._cached(feed, hidden, cache, native)
         else:
             step = self._uncached(hidden, attention_mask, None if cache else starts, cache)
             hidden = self.norm(self._run_layers(hidden, step))
@@ -356,7 +356,16 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         positions = clock.positions + state.lengths.unsqueeze(1)
         return self._step(positions, decay, CarriedRetention(state, clock, decay, mix))
 
-    def _cached(
+    def _cached(self, feed: Feed, x: Tensor, cache: RetentionRowCache, native: bool) -> Tensor:
+        """Hidden states of a pass with a row cache: in one call where the core knows all of it."""
+        layers = native_layers(self, x) if native and cache.layout is not None else None
+        if layers is not None:
+            rows, positions = feed.pack(x), feed.pack(feed.positions)
+            return feed.unpack(run_layers(layers, self, rows, positions, cache))
+        step = self._cached_step(feed, x, cache, native)
+        return self.norm(self._run_layers(x, step))
+
+    def _cached_step(
         self, feed: Feed, x: Tensor, cache: RetentionRowCache, native: bool
     ) -> RetentionPass:
         def mix(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """A DenseMamba pass on the native core: every layer over all tokens at once, no states in memory.
 
+Where the linear layers are packed too, all layers are one call (`native_layers`); else a layer's
+parts are calls of their own (`NativePass`).
+
 A layer's features are the inputs of its recurrence. Whoever reads its states scans them again from
 the state that the row had before the pass: with the states in registers that is cheaper than to
 write tokens × states × channels numbers and read them back.
@@ -8,14 +11,16 @@ write tokens × states × channels numbers and read them back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from retort.cache.mamba import MambaRowCache
-from retort.models.mamba_passes import Fuse
+from retort.models.mamba_passes import Fuse, PassConvolution
+from retort.models.one_call import OneCalls, UnknownPart, norm, packed
 from retort.ops import native
+from retort.ops.native.mamba import NativeMamba, NativeMambaLayer
 from retort.ops.native.scan import ScanRows, ragged_convolution, ragged_scan
 from retort.ops.segments import Span
 from retort.ops.selective_scan import ScanInputs
@@ -24,7 +29,7 @@ SILU = ("silu", "swish")
 
 if TYPE_CHECKING:
     from retort.models.carried import MambaState
-    from retort.models.dense_mamba import DenseMambaConfig
+    from retort.models.dense_mamba import DenseMambaConfig, DenseMambaModel
 
 
 class NativePass:
@@ -111,3 +116,49 @@ def serves(config: DenseMambaConfig, x: Tensor, cache: MambaRowCache | MambaStat
     if cache is None:
         return config.scan_form == "auto" and native.available()
     return isinstance(cache, MambaRowCache) and cache.on_core
+
+
+def native_layers(model: DenseMambaModel) -> NativeMamba | None:
+    """The layers and last norm of ``model`` as one call, or None; for passes that `serves`."""
+    layers: Any = model.layers
+    return _calls.of(model, layers[0].mixer.in_proj, (*layers, model.norm_f))
+
+
+def run_layers(layers: NativeMamba, x: Tensor, cache: MambaRowCache) -> Tensor:
+    """Hidden states after the last norm.
+
+    Args:
+        layers: of `native_layers`.
+        x: embedded tokens ``[total, hidden]`` of the pass that the cache is in.
+        cache: between begin() and end().
+    """
+    return layers(x.contiguous(), cache.native_memory([layer.a for layer in layers.layers]))
+
+
+def _native(model: Any) -> NativeMamba:
+    window = model.config.dense_block_layers
+    layers = [_native_layer(layer, min(i, window)) for i, layer in enumerate(model.layers)]
+    return NativeMamba(layers, norm(model.norm_f))
+
+
+def _native_layer(block: Any, window: int) -> NativeMambaLayer:
+    mixer = block.mixer
+    conv, select = mixer.conv1d, mixer.select
+    if type(conv) is not PassConvolution or conv.weight.dtype is not torch.float32:
+        raise UnknownPart(f"conv1d is {type(conv).__name__}")
+    return NativeMambaLayer(
+        input=packed(mixer.in_proj),
+        parameters=packed(mixer.x_proj),
+        step=packed(mixer.dt_proj),
+        output=packed(mixer.out_proj),
+        norm=norm(block.norm),
+        convolution=conv.weight.detach()[:, 0].contiguous(),
+        convolution_bias=None if conv.bias is None else conv.bias.detach(),
+        a=-mixer.A_log.detach().exp().t().contiguous(),
+        d=mixer.D.detach(),
+        window=window,
+        select=[packed(select.fc1), packed(select.fc2)] if select and select.gated else [],
+    )
+
+
+_calls = OneCalls(_native)

@@ -139,6 +139,34 @@ class FoldCall(ctypes.Structure):
     )
 
 
+class RetNetLayer(ctypes.Structure):
+    """Weights and norms of a DenseRetNet layer."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="input key_gate value_gate output gate down norm key_norm value_norm group_norm mlp_norm",
+        i="window",
+    )
+
+
+class RetNet(ctypes.Structure):
+    """All layers of a DenseRetNet and the norm after them."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="layers", i="count window", p2="retention norm", f="eps scale"
+    )
+
+
+class RetNetCall(ctypes.Structure):
+    """All layers of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="model", i="rows total", p2="starts counts offsets state before current moved_to "
+        "moved_block states keys values moved",
+        i2="state_layer key_layer value_layer moved_layer",
+        p3="positions pages cos sin root x out", t="threads",
+    )  # fmt: skip
+
+
 class ScanCall(ctypes.Structure):
     """One selective scan of a packed pass."""
 
@@ -154,6 +182,32 @@ class ConvCall(ctypes.Structure):
     _fields_: ClassVar[Fields] = _fields(
         i="rows channels kernel silu", p="counts offsets x", i2="ldx",
         p2="history weight bias out", t="threads",
+    )  # fmt: skip
+
+
+class MambaLayer(ctypes.Structure):
+    """Weights of a DenseMamba layer."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="input gate parameters step output norm conv_weight conv_bias a d", i="window"
+    )
+
+
+class Mamba(ctypes.Structure):
+    """All layers of a DenseMamba and the norm after them."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="layers", i="count window states kernel", p2="norm", f="eps"
+    )
+
+
+class MambaCall(ctypes.Structure):
+    """All layers of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        p="model", i="rows total", p2="counts offsets initial kept_ends kept_tokens kept last "
+        "history_pages history_offsets tape_pages tape_offsets states fed inputs",
+        i2="state_layer fed_layer input_layer page", p3="x out", t="threads",
     )  # fmt: skip
 
 
@@ -193,8 +247,10 @@ CALLS = {
     "retort_rotate_pairs": RotaryCall,
     "retort_retention": RetentionCall,
     "retort_fold": FoldCall,
+    "retort_retnet": RetNetCall,
     "retort_scan": ScanCall,
     "retort_convolution": ConvCall,
+    "retort_mamba": MambaCall,
     "retort_stack": StackCall,
     "retort_race": RaceCall,
 }

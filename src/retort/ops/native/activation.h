@@ -66,22 +66,23 @@ static void activation(const RetortActivationCall* c) {
   });
 }
 
-// Pairs (2i, 2i + 1) of every head turned by angle i of the token.
+// Pairs (2i, 2i + 1) of a head turned by angle i; `out` is another row than `x`.
+INLINE void rotate_pairs_head(const float* __restrict x, const float* cs, const float* sn,
+                              int64_t half, float* __restrict out) {
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    out[2 * i] = a * cs[i] - b * sn[i];
+    out[2 * i + 1] = b * cs[i] + a * sn[i];
+  }
+}
+
 static void rotate_pairs(const RetortRotaryCall* c) {
   const int64_t half = c->width / 2;
   run_team(useful_threads(c->threads, c->total * c->heads * c->width), [&](const Team& team) {
-    for (int64_t t = team.begin(c->total); t < team.end(c->total); t++) {
-      const float *cs = c->cos + t * half, *sn = c->sin + t * half;
-      for (int64_t h = 0; h < c->heads; h++) {
-        const float* x = c->x + t * c->x_token + h * c->x_head;
-        float* out = c->out + (t * c->heads + h) * c->width;
-        for (int64_t i = 0; i < half; i++) {
-          const float a = x[2 * i], b = x[2 * i + 1];
-          out[2 * i] = a * cs[i] - b * sn[i];
-          out[2 * i + 1] = b * cs[i] + a * sn[i];
-        }
-      }
-    }
+    for (int64_t t = team.begin(c->total); t < team.end(c->total); t++)
+      for (int64_t h = 0; h < c->heads; h++)
+        rotate_pairs_head(c->x + t * c->x_token + h * c->x_head, c->cos + t * half,
+                          c->sin + t * half, half, c->out + (t * c->heads + h) * c->width);
   });
 }
 

@@ -182,6 +182,43 @@ struct RetortFoldCall {
   int32_t threads;
 };
 
+// A DenseRetNet layer: norm, gated retention with fused keys and values, residual; and norm, gated
+// MLP, residual where it has one. Absent parts are null.
+struct RetortRetNetLayer {
+  const RetortLinear* input;  // of the normed input: q, k, v and g together; with gates, the first
+                              // half of the keys' and of the values'
+  const RetortLinear *key_gate, *value_gate;  // second halves
+  const RetortLinear *output, *gate, *down;
+  const float *norm, *key_norm, *value_norm, *group_norm, *mlp_norm;
+  int64_t window;  // earlier layers whose keys and values are added
+};
+
+struct RetortRetNet {
+  const RetortRetNetLayer* const* layers;
+  int64_t count, window;  // the widest window
+  const RetortRetention* retention;
+  const float* norm;  // after the last layer
+  float eps, scale;   // of every norm; of keys
+};
+
+// All layers of a packed pass. A row's state at (b - 1) * block and its pages are given by number,
+// as in RetortRetentionCall; -1: none.
+struct RetortRetNetCall {
+  const RetortRetNet* model;
+  int64_t rows, total;
+  const int64_t *starts, *counts, *offsets;
+  const int64_t *state, *before, *current, *moved_to, *moved_block;
+  const float* states;   // [layers, ..., heads, key_width, value_width]
+  float *keys, *values;  // pages [layers, ..., heads, block, width]; new tokens are written there
+  float* moved;          // [layers, ..., heads, key_width, value_width]
+  int64_t state_layer, key_layer, value_layer, moved_layer;  // distances between layers
+  const int64_t *positions, *pages;  // of each token; the page it is kept on, or -1
+  const float *cos, *sin, *root;     // [total, key_width / 2] twice, [total, heads]
+  const float* x;                    // [total, hidden]
+  float* out;                        // [total, hidden], normed
+  int32_t threads;
+};
+
 // Selective scan of packed ragged rows: h = exp(dt a) h + dt b u, y = c . h, one token at a time.
 struct RetortScanCall {
   int64_t rows, channels, states;
@@ -207,6 +244,46 @@ struct RetortConvCall {
   const float* weight;   // [channels, kernel]
   const float* bias;     // [channels], or null
   float* out;            // [total, channels]
+  int32_t threads;
+};
+
+// A DenseMamba layer: norm, mixer with the dense readout, residual. Absent parts are null.
+struct RetortMambaLayer {
+  const RetortLinear* input;  // of the normed input: x and z together; with a gate, its first half
+  const RetortLinear *gate, *parameters, *step, *output;  // gate: second half; parameters: of
+                                                          // step, B and C together
+  const float* norm;          // [hidden]
+  const float* conv_weight;   // [channels, kernel]
+  const float* conv_bias;     // [channels], or null
+  const float* a;             // [states, channels]
+  const float* d;             // [channels]
+  int64_t window;             // earlier layers whose states are read
+};
+
+struct RetortMamba {
+  const RetortMambaLayer* const* layers;
+  int64_t count, window, states, kernel;  // the widest window
+  const float* norm;                      // after the last layer
+  float eps;
+};
+
+// All layers of a packed pass. States and pages are given by number; -1: none.
+struct RetortMambaCall {
+  const RetortMamba* model;
+  int64_t rows, total;
+  const int64_t *counts, *offsets;
+  const int64_t* initial;                  // of each row, its state before the pass
+  const int64_t *kept_ends, *kept_tokens;  // as in RetortScanCall
+  const int64_t* kept;                     // where kept states go
+  const int64_t* last;  // of each row, the state after its last token; one of the kept
+  const int64_t *history_pages, *history_offsets;  // [rows, kernel - 1], oldest first
+  const int64_t *tape_pages, *tape_offsets;        // of each token
+  float* states;  // [layers, ..., states, channels]
+  float* fed;     // pages [layers, ..., page, 2 * channels + states]: dt, u and b of tokens
+  float* inputs;  // pages [layers, ..., page, channels]: what the convolution reads
+  int64_t state_layer, fed_layer, input_layer, page;  // distances between layers; tokens of a page
+  const float* x;                                     // [total, hidden]
+  float* out;                                         // [total, hidden], normed
   int32_t threads;
 };
 
@@ -256,8 +333,10 @@ struct RetortKernels {
   void (*rotate_pairs)(const RetortRotaryCall*);
   void (*retention)(const RetortRetentionCall*);
   void (*fold)(const RetortFoldCall*);
+  void (*retnet)(const RetortRetNetCall*);
   void (*scan)(const RetortScanCall*);
   void (*convolution)(const RetortConvCall*);
+  void (*mamba)(const RetortMambaCall*);
   void (*stack)(const RetortStackCall*);
   void (*race)(const RetortRaceCall*);
 };

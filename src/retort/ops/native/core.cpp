@@ -71,9 +71,10 @@ EXPORT void retort_activation(const RetortActivationCall* call) { chosen->activa
 EXPORT void retort_rotate_pairs(const RetortRotaryCall* call) { chosen->rotate_pairs(call); }
 EXPORT void retort_retention(const RetortRetentionCall* call) { chosen->retention(call); }
 EXPORT void retort_fold(const RetortFoldCall* call) { chosen->fold(call); }
+EXPORT void retort_retnet(const RetortRetNetCall* call) { chosen->retnet(call); }
 EXPORT void retort_scan(const RetortScanCall* call) { chosen->scan(call); }
 EXPORT void retort_convolution(const RetortConvCall* call) { chosen->convolution(call); }
-
+EXPORT void retort_mamba(const RetortMambaCall* call) { chosen->mamba(call); }
 EXPORT void retort_stack(const RetortStackCall* call) { chosen->stack(call); }
 EXPORT void retort_race(const RetortRaceCall* call) { chosen->race(call); }
 }

@@ -1,8 +1,10 @@
 // All kernels for one instruction set: compiled once for each, with RETORT_ISA as its name.
 #include "activation.h"
 #include "decoder.h"
+#include "mamba.h"
 #include "race.h"
 #include "retention.h"
+#include "retnet.h"
 #include "scan.h"
 #include "unary.h"
 
@@ -14,8 +16,8 @@ extern "C" const RetortKernels* JOIN(retort_kernels_, RETORT_ISA)() {
       RETORT_ISA::linear, RETORT_ISA::linears, RETORT_ISA::argmax, RETORT_ISA::attention,
       RETORT_ISA::norm, RETORT_ISA::rotary, RETORT_ISA::unary, RETORT_ISA::decoder,
       RETORT_ISA::activation, RETORT_ISA::rotate_pairs, RETORT_ISA::retention,
-      RETORT_ISA::fold, RETORT_ISA::scan, RETORT_ISA::convolution,  RETORT_ISA::stack,
-      RETORT_ISA::race,
+      RETORT_ISA::fold, RETORT_ISA::retnet, RETORT_ISA::scan, RETORT_ISA::convolution,
+      RETORT_ISA::mamba, RETORT_ISA::stack, RETORT_ISA::race,
   };
   return &kernels;
 }

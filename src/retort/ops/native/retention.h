@@ -14,6 +14,12 @@ namespace RETORT_ISA {
 
 constexpr int64_t STRIPE = 256;  // value columns of one unit of work: its state stays in L2
 
+// Stripes of one head are about equally wide, whole vectors each.
+INLINE int64_t stripe_width(const RetortRetention* s) {
+  const int64_t stripes = ceil_div(s->value_width, STRIPE);
+  return ceil_div(ceil_div(s->value_width, stripes), W) * W;
+}
+
 // q . k in W lanes of four interleaved sums: an order fixed by n alone.
 INLINE float dot(const float* a, const float* b, int64_t n) {
   vf s[4] = {};
@@ -300,20 +306,32 @@ static void retain_stripe(const RetortRetentionCall* c, int64_t r, int64_t h, in
   }
 }
 
+// What one thread of a team does of a call, in two steps with a barrier between.
+static void score_part(const RetortRetentionCall* c, const Team& team) {
+  for (int64_t r = 0; r < c->rows; r++)
+    for (int64_t t = team.begin(c->counts[r]); t < team.end(c->counts[r]); t++)
+      score_token(c, r, t);
+}
+
+static void retain_part(const RetortRetentionCall* c, const FoldScratch& scratch,
+                        const Team& team) {
+  const RetortRetention* s = c->shape;
+  const int64_t stripe = stripe_width(s), stripes = ceil_div(s->value_width, stripe);
+  const int64_t per_row = s->heads * stripes;
+  for (int64_t u = team.rank; u < c->rows * per_row; u += team.size) {
+    const int64_t column = u % stripes * stripe;
+    retain_stripe(c, u / per_row, u % per_row / stripes, column,
+                  least(stripe, s->value_width - column), scratch);
+  }
+}
+
 static void retention(const RetortRetentionCall* c) {
   const RetortRetention* s = c->shape;
-  const int64_t stripes = ceil_div(s->value_width, STRIPE), per_row = s->heads * stripes;
+  const int64_t per_row = s->heads * ceil_div(s->value_width, STRIPE);
   run_team((int)least(c->threads, c->rows * per_row), [&](const Team& team) {
-    for (int64_t r = 0; r < c->rows; r++)
-      for (int64_t t = team.begin(c->counts[r]); t < team.end(c->counts[r]); t++)
-        score_token(c, r, t);
+    score_part(c, team);
     team.barrier();
-    const FoldScratch scratch(s);
-    for (int64_t u = team.rank; u < c->rows * per_row; u += team.size) {
-      const int64_t column = u % stripes * STRIPE;
-      retain_stripe(c, u / per_row, u % per_row / stripes, column,
-                    least(STRIPE, s->value_width - column), scratch);
-    }
+    retain_part(c, FoldScratch(s), team);
   });
 }
 

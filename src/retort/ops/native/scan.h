@@ -96,9 +96,12 @@ static void scan_row(const RetortScanCall* c, int64_t r, int64_t channel, int64_
   }
 }
 
+// Floats of scratch for the states of a unit, and for their decays.
+INLINE int64_t unit_states(int64_t states) { return (CHANNELS / W + 1) * W * states; }
+
 static void scan(const RetortScanCall* c) {
   const int64_t parts = ceil_div(c->channels, CHANNELS), units = c->rows * parts;
-  const int64_t size = (CHANNELS / W + 1) * W * c->states;
+  const int64_t size = unit_states(c->states);
   run_team((int)least(c->threads, units), [&](const Team& team) {
     float* scratch = (float*)malloc(2 * sizeof(float) * size);
     for (int64_t u = team.rank; u < units; u += team.size) {
@@ -129,17 +132,21 @@ static void convolve_row(const RetortConvCall* c, int64_t r, int64_t channel, in
     }
 }
 
+// What one thread of a team does of a call; `weight` is scratch [kernel][CHANNELS].
+static void convolution_part(const RetortConvCall* c, float* weight, const Team& team) {
+  for (int64_t u = team.rank; u < ceil_div(c->channels, CHANNELS); u += team.size) {
+    const int64_t channel = u * CHANNELS, n = least(CHANNELS, c->channels - channel);
+    for (int64_t i = 0; i < CHANNELS; i++)
+      for (int64_t j = 0; j < c->kernel; j++)
+        weight[j * CHANNELS + i] = i < n ? c->weight[(channel + i) * c->kernel + j] : 0.f;
+    for (int64_t r = 0; r < c->rows; r++) convolve_row(c, r, channel, n, weight);
+  }
+}
+
 static void convolution(const RetortConvCall* c) {
-  const int64_t parts = ceil_div(c->channels, CHANNELS);
-  run_team((int)least(c->threads, parts), [&](const Team& team) {
-    float* weight = (float*)calloc(c->kernel * CHANNELS, sizeof(float));
-    for (int64_t u = team.rank; u < parts; u += team.size) {
-      const int64_t channel = u * CHANNELS, n = least(CHANNELS, c->channels - channel);
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < c->kernel; j++)
-          weight[j * CHANNELS + i] = c->weight[(channel + i) * c->kernel + j];
-      for (int64_t r = 0; r < c->rows; r++) convolve_row(c, r, channel, n, weight);
-    }
+  run_team((int)least(c->threads, ceil_div(c->channels, CHANNELS)), [&](const Team& team) {
+    float* weight = (float*)malloc(sizeof(float) * c->kernel * CHANNELS);
+    convolution_part(c, weight, team);
     free(weight);
   });
 }

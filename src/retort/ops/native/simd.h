@@ -40,14 +40,22 @@ INLINE vf splat(float x) { return x - vf{}; }
 
 // The first n floats, zeros after them; nothing beyond is read.
 INLINE vf load_part(const float* p, int64_t n) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
   float lanes[W] = {};
   for (int64_t i = 0; i < n; i++) lanes[i] = p[i];
   return load(lanes);
+#endif
 }
 INLINE void store_part(float* p, vf v, int64_t n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
   float lanes[W];
   store(lanes, v);
   for (int64_t i = 0; i < n; i++) p[i] = lanes[i];
+#endif
 }
 
 // a * b + c. Contraction is off: where an instruction set has a fused product it is named here, so
