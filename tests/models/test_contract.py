@@ -15,10 +15,14 @@ VOCAB = retnets.VOCAB
 MAKERS = {
     "RetNet": (retnets.tiny, {"dense_block_layers": 0}),
     "RetNet with norms": (retnets.tiny, {"dense_block_layers": 0, "dense_norms": True}),
-    "DenseRetNet": (retnets.tiny, {}),
+    "DenseRetNet m=1": (retnets.tiny, {"dense_block_layers": 1}),
+    "DenseRetNet m=2": (retnets.tiny, {}),
+    "DenseRetNet m=4": (retnets.tiny, {"dense_block_layers": 4}),
     "DenseRetNet without gate": (retnets.tiny, {"dense_gate": False}),
     "Mamba": (mambas.tiny, {"dense_block_layers": 0}),
-    "DenseMamba": (mambas.tiny, {}),
+    "DenseMamba m=1": (mambas.tiny, {"dense_block_layers": 1}),
+    "DenseMamba m=2": (mambas.tiny, {}),
+    "DenseMamba m=4": (mambas.tiny, {"dense_block_layers": 4}),
     "DenseMamba without gate": (mambas.tiny, {"dense_gate": False}),
 }
 

@@ -198,6 +198,26 @@ def test_what_the_core_does_not_know_stays_in_separate_calls(family, change, mon
     packed.close()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "keep", [0, 1, 3, torch.tensor([4, 0]), torch.tensor([], dtype=torch.long)]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_logits_are_those_of_the_whole_pass(family, keep):
+    """Values of the toys fill whole panels: the last layer leaves out what nobody wants."""
+    model, tokens = new_model(family, "m=2"), retnets.ids(2, 6)
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1], [1] * 6])
+    packed = PackedModel(model, cpu_backend="native")
+    whole = model(tokens, attention_mask=mask)
+    kept = model(tokens, attention_mask=mask, logits_to_keep=keep)
+    more = [model(tokens, past_key_values=x.past_key_values).logits for x in (whole, kept)]
+    packed.close()
+    columns = slice(-keep, None) if isinstance(keep, int) else keep
+    real = mask[:, columns].bool()
+    assert torch.equal(kept.logits[real], whole.logits[:, columns][real])
+    assert torch.equal(*more)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_and_rectangles_are_the_same(family):
     model = new_model(family, "m=2")

@@ -298,6 +298,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         past_key_values: RetentionRowCache | RetentionState | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        states_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
@@ -311,6 +312,8 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
             past_key_values: from `new_row_cache`, `new_state` or an earlier output.
             inputs_embeds: ``[B, T, hidden]`` instead of ids.
             use_cache: by default the configuration's, but never while training.
+            states_to_keep: the last n positions (0: all) or their indices; hidden states
+                elsewhere may be 0, where leaving them out saves work.
             **kwargs: ``cu_seq_lens_q`` marks packed sequences too; others are ignored.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -321,7 +324,7 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         if isinstance(cache, RetentionRowCache):
             native = cache.on_core and not torch.is_grad_enabled()
             with cache.feed(hidden.shape[:2], attention_mask) as feed, core_arithmetic(native):
-                hidden = self._cached(feed, hidden, cache, native)
+                hidden = self._cached(feed, hidden, cache, native, states_to_keep)
         else:
             step = self._uncached(hidden, attention_mask, None if cache else starts, cache)
             hidden = self.norm(self._run_layers(hidden, step))
@@ -356,12 +359,20 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
         positions = clock.positions + state.lengths.unsqueeze(1)
         return self._step(positions, decay, CarriedRetention(state, clock, decay, mix))
 
-    def _cached(self, feed: Feed, x: Tensor, cache: RetentionRowCache, native: bool) -> Tensor:
+    def _cached(
+        self,
+        feed: Feed,
+        x: Tensor,
+        cache: RetentionRowCache,
+        native: bool,
+        keep: int | Tensor,
+    ) -> Tensor:
         """Hidden states of a pass with a row cache: in one call where the core knows all of it."""
         layers = native_layers(self, x) if native and cache.layout is not None else None
         if layers is not None:
-            rows, positions = feed.pack(x), feed.pack(feed.positions)
-            return feed.unpack(run_layers(layers, self, rows, positions, cache))
+            rows, positions, wanted = (feed.pack(t) for t in (x, feed.positions, _kept(x, keep)))
+            index = wanted.nonzero()[:, 0]
+            return feed.unpack(run_layers(layers, self, rows, positions, cache, index))
         step = self._cached_step(feed, x, cache, native)
         return self.norm(self._run_layers(x, step))
 
@@ -392,6 +403,13 @@ class DenseRetNetModel(DenseRetNetPreTrainedModel):
             return rotate_pairs(x.flatten(0, 1), cos, sin).view(x.shape)
 
         return RetentionPass(turned, root.view(*positions.shape, -1, 1), mix)
+
+
+def _kept(x: Tensor, keep: int | Tensor) -> Tensor:
+    """Which tokens of ``x`` ``[B, T, hidden]`` a `logits_to_keep` names, bool ``[B, T]``."""
+    kept = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    kept[:, slice(-keep, None) if isinstance(keep, int) else keep] = True
+    return kept
 
 
 class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, RecurrentGeneration, GenerationMixin):
@@ -435,6 +453,7 @@ class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, RecurrentGeneration, Ge
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            states_to_keep=logits_to_keep,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -33,8 +33,9 @@ def run_layers(
     x: Tensor,
     positions: Tensor,
     cache: RetentionRowCache,
+    wanted: Tensor | None = None,
 ) -> Tensor:
-    """Hidden states after the last norm.
+    """Hidden states after the last norm, ``[total, hidden]``.
 
     Args:
         layers: of `native_layers`.
@@ -42,11 +43,14 @@ def run_layers(
         x: embedded tokens ``[total, hidden]`` of the pass that the cache is in.
         positions: int64 ``[total]``, each token's position in its row.
         cache: between begin() and end().
+        wanted: int64, ascending, the tokens whose results are; the others' are 0. None: all.
     """
     shape = model.cache_shape
     angles = position_tables(shape.heads, shape.key_dim).at(positions)
     memory = cache.native_memory(positions.contiguous())
-    return layers(x.contiguous(), *angles, shape.key_dim**-0.5, memory)
+    some = torch.arange(len(x)) if wanted is None else wanted
+    out = layers(x.contiguous(), *angles, shape.key_dim**-0.5, memory, some)
+    return out if len(some) == len(x) else torch.zeros_like(x).index_copy_(0, some, out)
 
 
 def _native(model: Any) -> NativeRetNet:

@@ -79,7 +79,8 @@ def problem(which=(0, 1, 2), seed=1):
     moved = torch.full_like(states, NAN)
     memory = RetNetMemory(TABLES, rows, states, *tapes, moved, positions, pages)
     angles = position_tables(HEADS, DK).at(positions)
-    return torch.cat([tokens[i] for i in which]), *angles, DK**-0.5, memory
+    everything = torch.arange(len(positions))
+    return torch.cat([tokens[i] for i in which]), *angles, DK**-0.5, memory, everything
 
 
 def _generator(seed):
@@ -88,7 +89,7 @@ def _generator(seed):
 
 def test_a_rows_bits_ignore_its_company_and_the_threads(isa):
     layers = model()
-    together, memory = layers(*(call := problem())), call[-1]
+    together, memory = layers(*(call := problem())), call[-2]
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -100,14 +101,14 @@ def test_a_rows_bits_ignore_its_company_and_the_threads(isa):
     for i, part in enumerate(together.split(COUNTS)):
         alone = problem([i])
         assert torch.equal(layers(*alone), part)
-        assert torch.equal(alone[-1].moved[:, i].isnan(), memory.moved[:, i].isnan())
+        assert torch.equal(alone[-2].moved[:, i].isnan(), memory.moved[:, i].isnan())
         if memory.rows.moved[i] >= 0:
-            assert torch.equal(alone[-1].moved[:, i], memory.moved[:, i])
+            assert torch.equal(alone[-2].moved[:, i], memory.moved[:, i])
 
 
 def test_only_the_named_pages_are_written(isa):
     layers, call = model(), problem()
-    memory = call[-1]
+    memory = call[-2]
     kept = [memory.keys.clone(), memory.values.clone()]
     memory.pages[-1] = 2 * len(STARTS)
     layers(*call)
@@ -118,21 +119,40 @@ def test_only_the_named_pages_are_written(isa):
         assert torch.equal(tape.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("value_heads", [DV, 32])
+@pytest.mark.parametrize("which", [[], [0], [5, 6, 22, 23, 29], [*range(3, 20), 28]])
+def test_wanted_tokens_alone_have_the_same_bits(isa, value_heads, which, monkeypatch):
+    """Whether or not values fill whole panels, so that the last layer can leave tokens out."""
+    monkeypatch.setitem(globals(), "DV", value_heads)
+    monkeypatch.setitem(globals(), "V", HEADS * value_heads)
+    decay = BlockDecay.of(log_decay(HEADS, torch.float32), LENGTH)
+    monkeypatch.setitem(globals(), "TABLES", RetentionTables(decay, DK, value_heads))
+    layers, (*call, every) = model(), problem()
+    want, moved = layers(*call, every), call[-1].moved.clone()
+    tapes = [x.clone() for x in (call[-1].keys, call[-1].values)]
+    *call, _ = problem()
+    got = layers(*call, torch.tensor(which, dtype=torch.long))
+    assert torch.equal(got, want[which])
+    assert torch.equal(call[-1].moved.nan_to_num(7.0), moved.nan_to_num(7.0))
+    for tape, kept in zip((call[-1].keys, call[-1].values), tapes, strict=True):
+        assert torch.equal(tape.nan_to_num(7.0), kept.nan_to_num(7.0))
+
+
 def test_no_tokens(isa):
     nothing = RetentionRows((), (), (), (), (), (), ())
-    x, cos, sin, root, scale, memory = problem()
+    x, cos, sin, root, scale, memory, every = problem()
     empty = replace(memory, rows=nothing, positions=torch.empty(0, dtype=torch.long),
                     pages=torch.empty(0, dtype=torch.long))  # fmt: skip
-    assert model()(x[:0], cos[:0], sin[:0], root[:0], scale, empty).shape == (0, HIDDEN)
+    assert model()(x[:0], cos[:0], sin[:0], root[:0], scale, empty, every[:0]).shape == (0, HIDDEN)
 
 
 def test_bad_input_is_refused():
     layers = model()
-    x, cos, sin, root, scale, memory = problem()
+    x, cos, sin, root, scale, memory, every = problem()
     one, last = layers.layers[0], layers.layers[-1]
 
-    def call(x=x, cos=cos, root=root, **changes):
-        return layers(x, cos, sin, root, scale, replace(memory, **changes))
+    def call(x=x, cos=cos, root=root, wanted=every, **changes):
+        return layers(x, cos, sin, root, scale, replace(memory, **changes), wanted)
 
     other = RetentionTables(BlockDecay.of(log_decay(HEADS, torch.float32), LENGTH), DK, DV + 1)
     for bad in (
@@ -150,6 +170,9 @@ def test_bad_input_is_refused():
         lambda: call(pages=memory.pages.int()),
         lambda: call(positions=memory.positions[1:]),
         lambda: call(tables=other),
+        lambda: call(wanted=every + 1),
+        lambda: call(wanted=every.flip(0)),
+        lambda: call(wanted=every.int()),
         lambda: NativeRetNet([], norm(HIDDEN)),
         lambda: NativeRetNet([last], norm(HIDDEN)),
         lambda: NativeRetNet([one, replace(one, selects=last.selects)], norm(HIDDEN)),

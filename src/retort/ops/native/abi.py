@@ -127,7 +127,7 @@ class RetentionCall(ctypes.Structure):
 
     _fields_: ClassVar[Fields] = _fields(
         p="shape", i="rows", p2="starts counts offsets q k v states before_k before_v current_k "
-        "current_v moved_block moved scores out", t="threads",
+        "current_v moved_block moved wanted scores out", t="threads",
     )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ class RetNetCall(ctypes.Structure):
         p="model", i="rows total", p2="starts counts offsets state before current moved_to "
         "moved_block states keys values moved",
         i2="state_layer key_layer value_layer moved_layer",
-        p3="positions pages cos sin root x out", t="threads",
+        p3="positions pages cos sin root", i3="wanted", p4="wanted_tokens x out", t="threads",
     )  # fmt: skip
 
 

@@ -166,6 +166,7 @@ struct RetortRetentionCall {
   const float* const* current_v;
   const int64_t* moved_block;  // the block whose state goes to `moved`
   float* const* moved;         // for each row [heads, key_width, value_width], or null
+  const char* wanted;          // of each token, whether its output is; or null: all are
   float* scores;               // scratch [total, heads, 2 * block]
   float* out;                  // [total, heads, value_width]
   int32_t threads;
@@ -214,8 +215,10 @@ struct RetortRetNetCall {
   int64_t state_layer, key_layer, value_layer, moved_layer;  // distances between layers
   const int64_t *positions, *pages;  // of each token; the page it is kept on, or -1
   const float *cos, *sin, *root;     // [total, key_width / 2] twice, [total, heads]
+  int64_t wanted;                    // how many tokens' results are
+  const int64_t* wanted_tokens;      // which, ascending; the others' are left out
   const float* x;                    // [total, hidden]
-  float* out;                        // [total, hidden], normed
+  float* out;                        // [wanted, hidden], normed
   int32_t threads;
 };
 

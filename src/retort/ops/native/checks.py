@@ -58,3 +58,19 @@ def require_counts(counts: Sequence[int], total: int) -> None:
     """
     if min(counts, default=1) < 1 or sum(counts) != total:
         raise ConfigurationError(f"rows of {list(counts)} tokens do not make {total} packed tokens")
+
+
+def require_tokens(tokens: Tensor, total: int) -> None:
+    """Refuse all but ascending int64 numbers of tokens below ``total``.
+
+    Raises:
+        ConfigurationError: they are something else.
+    """
+    good = tokens.dtype is torch.int64 and tokens.is_cpu and tokens.dim() == 1
+    if good and len(tokens):
+        good = bool((tokens.diff() > 0).all()) and 0 <= int(tokens[0]) <= int(tokens[-1]) < total
+    if not good or not tokens.is_contiguous():
+        raise ConfigurationError(
+            f"tokens are ascending int64 numbers below {total}, not {tokens.dtype} "
+            f"{tuple(tokens.shape)}"
+        )

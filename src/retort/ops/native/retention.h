@@ -270,6 +270,33 @@ struct FoldScratch {
   }
 };
 
+// One past the last of the tokens from t on that are wanted as t is.
+INLINE int64_t run_end(const char* wanted, int64_t t, int64_t end) {
+  if (!wanted) return end;
+  int64_t z = t + 1;
+  while (z < end && wanted[z] == wanted[t]) z++;
+  return z;
+}
+
+// Positions `begin` .. `end` of one row and head, all in one block; columns as below.
+static void retain_block(const RetortRetentionCall* c, int64_t r, int64_t h, int64_t begin,
+                         int64_t end, int64_t column, int64_t n, const float* state, int64_t ld,
+                         const Tokens& values) {
+  const RetortRetention* s = c->shape;
+  const int64_t L = s->block, dv = s->value_width, first = (begin / L - 1) * L;
+  const int64_t shift = c->offsets[r] - c->starts[r];  // from positions to packed tokens
+  for (int64_t pos = begin, stop; pos < end; pos = stop) {
+    stop = run_end(c->wanted, pos + shift, end + shift) - shift;
+    if (c->wanted && !c->wanted[pos + shift]) continue;
+    const int64_t at = (pos + shift) * s->heads + h;
+    const Queries g = {c->q + at * s->key_width, c->scores + at * 2 * L - first,
+                       s->heads * s->key_width, s->heads * 2 * L, stop - pos,
+                       s->read + h * L + pos % L, most(0, first), pos};
+    output_block(g, s->key_width, state, ld, values, column, n, c->out + at * dv + column,
+                 s->heads * dv);
+  }
+}
+
 // All blocks of one row and head, columns `column` .. `column + n`.
 static void retain_stripe(const RetortRetentionCall* c, int64_t r, int64_t h, int64_t column,
                           int64_t n, const FoldScratch& scratch) {
@@ -281,12 +308,7 @@ static void retain_stripe(const RetortRetentionCall* c, int64_t r, int64_t h, in
   int64_t ld = dv;
   for (int64_t pos = start; pos < end;) {
     const int64_t b = pos / L, stop = least(end, (b + 1) * L), first = (b - 1) * L;
-    const int64_t at = (c->offsets[r] + pos - start) * s->heads + h;
-    const Queries g = {c->q + at * s->key_width, c->scores + at * 2 * L - first,
-                       s->heads * s->key_width, s->heads * 2 * L, stop - pos,
-                       s->read + h * L + pos % L, most(0, first), pos};
-    output_block(g, s->key_width, state, ld, values, column, n, c->out + at * dv + column,
-                 s->heads * dv);
+    retain_block(c, r, h, pos, stop, column, n, state, ld, values);
     pos = stop;
     if (pos == end) break;
     if (b >= 1) {
@@ -310,7 +332,7 @@ static void retain_stripe(const RetortRetentionCall* c, int64_t r, int64_t h, in
 static void score_part(const RetortRetentionCall* c, const Team& team) {
   for (int64_t r = 0; r < c->rows; r++)
     for (int64_t t = team.begin(c->counts[r]); t < team.end(c->counts[r]); t++)
-      score_token(c, r, t);
+      if (!c->wanted || c->wanted[c->offsets[r] + t]) score_token(c, r, t);
 }
 
 static void retain_part(const RetortRetentionCall* c, const FoldScratch& scratch,

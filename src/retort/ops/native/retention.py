@@ -169,7 +169,7 @@ def ragged_retention(
     call = abi.RetentionCall(
         tables.address, len(rows.counts), *map(ctypes.addressof, rows.arrays), q.data_ptr(),
         k.data_ptr(), v.data_ptr(), *map(ctypes.addressof, kept), ctypes.addressof(rows.blocks),
-        ctypes.addressof(moves), scores.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        ctypes.addressof(moves), None, scores.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if rows.total:
         native.library().retort_retention(call)

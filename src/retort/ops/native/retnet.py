@@ -21,7 +21,7 @@ from retort.errors import ConfigurationError
 from retort.ops import native
 from retort.ops.linear import PackedWeight, gated
 from retort.ops.native import abi
-from retort.ops.native.checks import int64s, require
+from retort.ops.native.checks import int64s, require, require_tokens
 from retort.ops.native.elementwise import Norm
 from retort.ops.native.retention import RetentionRows, RetentionTables
 
@@ -189,8 +189,9 @@ class NativeRetNet:
         return self.norm.weight.numel()
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, root: Tensor, scale: float, memory: RetNetMemory
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, root: Tensor, scale: float,
+        memory: RetNetMemory, wanted: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Run all layers on a packed pass; new keys and values go to their pages.
 
         Args:
@@ -199,9 +200,11 @@ class NativeRetNet:
             root: √S ``[total, heads]``.
             scale: of keys.
             memory: what came before.
+            wanted: int64 ``[n]``, ascending, the tokens whose results are; the last layer
+                computes no more of the others than what later tokens need.
 
         Returns:
-            Like ``x``, normalised. No gradient flows.
+            ``[n, hidden]``, normalised. No gradient flows.
 
         Raises:
             ConfigurationError: a tensor does not fit, or there is no native core.
@@ -214,7 +217,8 @@ class NativeRetNet:
             require(name, table, (total, columns))
         self._check_heads(tables)
         memory.check(len(self.layers))
-        out = torch.empty(x.shape)
+        require_tokens(wanted, total)
+        out = torch.empty(len(wanted), self.hidden)
         model = self._struct(tables.address, scale)
         addresses = [ctypes.addressof(a) for a in (*rows.arrays, *memory.arrays, rows.blocks)]
         stores = memory.states, memory.keys, memory.values, memory.moved
@@ -222,7 +226,8 @@ class NativeRetNet:
             ctypes.addressof(model), len(rows.counts), total, *addresses,
             *[s.data_ptr() for s in stores], *[s.stride(0) for s in stores],
             memory.positions.data_ptr(), memory.pages.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            root.data_ptr(), x.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            root.data_ptr(), len(wanted), wanted.data_ptr(), x.data_ptr(), out.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         if total:
             native.library().retort_retnet(call)
