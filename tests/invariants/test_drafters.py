@@ -2,10 +2,17 @@
 
 The drafter reads, drafts and is rewound with a row cache of its own, whose spare storage is
 filled with NaN before each of its calls. Targets are a transformer and both DenseSSM models.
+
+All cells, or a random sample of them where time is short, into docs/results/drafters.json:
+
+    OMP_NUM_THREADS=1 python -m tests.invariants.test_drafters [--cells N] [--limit SECONDS]
 """
 
+import argparse
 import itertools
 import random
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +20,8 @@ import torch
 
 from retort.decode.drafter import ModelDrafter
 from retort.decode.engine import Engine
-from tests.invariants.losslessness import BATCHES, Cell, _decode, _request, model, texts
+from retort.provenance import Provenance, write_json
+from tests.invariants.losslessness import BATCHES, RESULT, Cell, _decode, _request, model, texts
 from tests.models import mambas, retnets
 
 DRAFTERS = {"dense_retnet": retnets.tiny, "dense_mamba": mambas.tiny}
@@ -111,10 +119,40 @@ def test_a_drafter_never_changes_a_token(name, pattern):
     check(name, Cell(TARGETS[at % 3], "float64", BATCHES[at // 2 % 3], K[at % 4], pattern))
 
 
+EVERY = list(itertools.product(TARGETS, ("float32", "float64"), BATCHES, K, PATTERNS))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize(
-    "axes", itertools.product(TARGETS, ("float32", "float64"), BATCHES, K, PATTERNS), ids=str
-)
+@pytest.mark.parametrize("axes", EVERY, ids=str)
 def test_every_cell(name, axes):
     check(name, Cell(*axes))
+
+
+def main() -> int:
+    """Check cells in random order until they or the time are through; 1 where one failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", type=int)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
+    begun = time.monotonic()
+    a = parser.parse_args()
+    cells = list(itertools.product(DRAFTERS, EVERY))
+    random.Random(0).shuffle(cells)
+    run, failed = [], []
+    for name, axes in cells[: a.cells]:
+        if time.monotonic() - begun > a.limit:
+            break
+        run.append(" ".join(map(str, (name, "drafts for", *axes))))
+        try:
+            check(name, Cell(*axes))
+        except Exception as error:
+            failed.append(f"{run[-1]}: {error!r}")
+    facts = {"cells": len(cells), "run": len(run), "cpu_seconds": round(time.process_time())}
+    record = {"provenance": Provenance.collect(seeds={"order": 0}).to_dict(), **facts}
+    write_json(RESULT.with_name("drafters.json"), record | {"failed": failed, "records": run})
+    print(f"{len(run)} of {len(cells)} cells run, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
