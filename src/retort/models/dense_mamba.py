@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,9 +40,14 @@ from retort.errors import ConfigurationError
 from retort.models.carried import CarriedMamba, CarriedPass, MambaState, OneTokenPass
 from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
 from retort.models.mamba_native import SILU, NativePass, native_layers, run_layers, serves
-from retort.models.mamba_passes import MambaPass, PassConvolution, RescanPass, StatePass
+from retort.models.mamba_passes import (
+    MambaPass,
+    PassConvolution,
+    RescanPass,
+    StatePass,
+    real_sequences,
+)
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
-from retort.ops.clock import Clock
 from retort.ops.elementwise import core_arithmetic, silu, softplus
 from retort.ops.segments import cut
 from retort.ops.selective_scan import LONGEST, ScanInputs
@@ -370,7 +374,7 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
             return Feed(torch.zeros(batch, 1, dtype=torch.long), None), OneTokenPass(state)
         if mask is not None:
             mask = mask[:, -width:]
-        feed, lengths = _sequences(x, mask, starts)
+        feed, lengths = real_sequences(x, mask, starts)
         if state is None:
             return feed, self._step(lengths, None, x.device, native)
         counts = [width] * batch if mask is None else mask.bool().sum(1).tolist()
@@ -397,21 +401,6 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         if cache is not None:
             limit = cache.max_draft + 1  # what a rewind may replay must have a replay's bits
         return StatePass(cut(lengths, self.config.chunk_size, kernel, limit, device), cache)
-
-
-def _sequences(
-    x: Tensor, mask: Tensor | None, starts: Tensor | None
-) -> tuple[Feed, tuple[int, ...]]:
-    """The real tokens of a batch, and the lengths of the sequences that they form."""
-    real = None if mask is None else mask.to(x.device, torch.bool)
-    batch, width = x.shape[:2]
-    clock = Clock.of(real, starts, (batch, width), x.device)
-    if clock.uniform:
-        return Feed(clock.positions, None), (width,) * (batch if width else 0)
-    index = clock.real.flatten().nonzero()[:, 0]
-    first = (clock.seen.flatten()[index] == 1).nonzero()[:, 0].tolist()
-    bounds = pairwise([*first, len(index)])
-    return Feed(clock.positions, index), tuple(end - start for start, end in bounds)
 
 
 class DenseMambaForCausalLM(DenseMambaPreTrainedModel, RecurrentGeneration, GenerationMixin):

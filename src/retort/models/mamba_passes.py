@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from retort.cache.recurrent import Feed
+from retort.ops.clock import Clock
 from retort.ops.segments import Piece, convolve
 from retort.ops.selective_scan import ScanInputs, read, scan_states, selective_scan
 
@@ -200,3 +203,24 @@ class RescanPass:
 
     def _scan(self, inputs: ScanInputs, c: Tensor) -> Tensor:
         return selective_scan(inputs, c, self._pieces[0].starts, self._chunk_size)
+
+
+def real_sequences(
+    x: Tensor, mask: Tensor | None, starts: Tensor | None
+) -> tuple[Feed, tuple[int, ...]]:
+    """The real tokens of a batch, and the lengths of the sequences that they form.
+
+    Args:
+        x: ``[B, T, ...]``.
+        mask: ``[B, T]``, 0 at padding; None where all are real.
+        starts: of `sequence_starts`.
+    """
+    real = None if mask is None else mask.to(x.device, torch.bool)
+    batch, width = x.shape[:2]
+    clock = Clock.of(real, starts, (batch, width), x.device)
+    if clock.uniform:
+        return Feed(clock.positions, None), (width,) * (batch if width else 0)
+    index = clock.real.flatten().nonzero()[:, 0]
+    first = (clock.seen.flatten()[index] == 1).nonzero()[:, 0].tolist()
+    bounds = pairwise([*first, len(index)])
+    return Feed(clock.positions, index), tuple(end - start for start, end in bounds)
