@@ -25,7 +25,7 @@ import numpy as np
 
 from retort.bench.load import CHAT, Load, Sample, ask, read_prompts, run
 from retort.bench.stream import Address
-from retort.bench.summary import duration, summarize
+from retort.bench.summary import duration, summarize, token_time
 from retort.provenance import Provenance, write_json
 
 OFF = {"speculation": "off"}
@@ -160,8 +160,20 @@ def together(loads: list[dict]) -> dict[str, dict]:
         )
         seconds = [round(duration(part), 2) for part in parts]
         arms[name] = {**summary.as_dict(), "texts_as_off": equal, "seconds_of_pieces": seconds}
+        arms[name]["token_time_by_off"] = by_off(loads, name)
         print(f"| {name} {line(summary)}")
     return arms
+
+
+def by_off(loads: list[dict], name: str) -> dict[str, float]:
+    """Percentiles over the requests of an arm's time a token by that of the same request in off."""
+    ratios = [
+        token_time(Sample(**ours)) / token_time(Sample(**theirs))
+        for found in loads
+        for ours, theirs in zip(found[name], found["off"], strict=True)
+        if ours["tokens"] > 1 and not ours["error"] and not theirs["error"]
+    ]
+    return {f"p{q}": round(float(np.percentile(ratios, q)), 3) for q in (10, 50, 90)}
 
 
 def line(s) -> str:

@@ -42,6 +42,29 @@ def test_a_hiccup_is_not_taken_for_slow_tokens():
     assert pace.slice(4) >= 0.7 * before
 
 
+def test_steps_that_drafts_make_longer_leave_no_more_room_for_prompts():
+    pace = PrefillPace(512, stretch=2.0)
+    before = settle(pace, 4, 0.02, 0.001)
+    for _ in range(50):
+        pace.observe(4 + 20, 0, 0.04)
+        pace.observe(4 + 20, before, 0.04 + 0.001 * before)
+    assert pace.slice(4) == pytest.approx(before, abs=1)
+
+
+def test_the_engine_counts_drafts_among_a_steps_tokens(monkeypatch):
+    seen = []
+    observe = PrefillPace.observe
+    monkeypatch.setattr(
+        PrefillPace, "observe", lambda self, n, *more: seen.append(n) or observe(self, n, *more)
+    )
+    for drafter in (None, "prompt-lookup"):
+        with Engine(toy(), drafter=drafter, draft_budget=3) as engine:
+            engine.generate([[5, 6, 7] * 6], max_new_tokens=20, ignore_eos=True)
+            assert sum(seen) == engine.stats.draft_tokens + engine.stats.steps - 1  # one reads
+            assert engine.stats.draft_tokens > 0 or drafter is None
+        seen.clear()
+
+
 def test_where_nobody_decodes_or_no_stretch_is_given_all_is_read():
     pace = PrefillPace(512, stretch=2.0)
     assert pace.slice(0) == 512 and pace.slice(3) == 16

@@ -88,7 +88,7 @@ def summarize(samples: Sequence[Sample], seconds: float | None = None) -> Summar
         total_throughput=_per(tokens + prompts, seconds),
         ttft=Quantiles.of([s.first for s in good if s.first is not None]),
         itl=Quantiles.of([gap for s in good for gap in s.gaps]),
-        tpot=Quantiles.of([_token_time(s) for s in good if s.first is not None and s.tokens > 1]),
+        tpot=Quantiles.of([token_time(s) for s in good if s.first is not None and s.tokens > 1]),
         e2e=Quantiles.of([s.last for s in good]),
         draft_tokens=drafted,
         accepted_tokens=accepted,
@@ -141,7 +141,8 @@ def _accepted(s: Summary) -> str:
     return f"{s.accepted_tokens} / {s.draft_tokens} ({s.acceptance:.0%})"
 
 
-def _token_time(s: Sample) -> float:
+def token_time(s: Sample) -> float:
+    """Seconds of a token after the first, in the mean of one answer of at least two."""
     return (s.last - (s.first or 0.0)) / (s.tokens - 1)
 
 

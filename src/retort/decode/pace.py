@@ -1,8 +1,9 @@
 """How many prompt tokens a step may read while rows decode, so that these hardly notice.
 
-A step of R decoding rows takes D(R); n prompt tokens beside them add about c·n seconds [our model:
-past the knee of T(tokens) a pass is linear, and what attention adds grows slowly]. Both are learnt
-from live steps, and n is the largest with D(R) + c·n ≤ stretch · D(R).
+A step that decodes R tokens takes D(R); n prompt tokens beside them add about c·n seconds [our
+model: past the knee of T(tokens) a pass is linear, and what attention adds grows slowly]. Both are
+learnt from live steps, and n is the largest with D(rows) + c·n ≤ stretch · D(rows). Drafts count
+among a step's tokens and not among its rows: steps that they make longer leave no more room.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ class PrefillPace:
         room = (self._stretch - 1) * self._steps.seconds(rows) / self._per_token
         return min(self._most, max(_LEAST, int(room)))
 
-    def observe(self, rows: int, prompt_tokens: int, seconds: float) -> None:
-        """A step in which ``rows`` rows decoded and prompt tokens were read took so long."""
-        if not rows:
+    def observe(self, decoded: int, prompt_tokens: int, seconds: float) -> None:
+        """A step over ``decoded`` tokens, drafts included, and prompt tokens took so long."""
+        if not decoded:
             return
         if not prompt_tokens:
-            self._steps.record(rows, seconds)
+            self._steps.record(decoded, seconds)
             return
         if not self._steps.seconds_at:
             return
-        added = max(seconds - self._steps.seconds(rows), 1e-9) / prompt_tokens
+        added = max(seconds - self._steps.seconds(decoded), 1e-9) / prompt_tokens
         known = added if self._per_token is None else self._per_token
         seen = min(max(added, known / _JUMP), known * _JUMP)  # a hiccup is not the prompt's
         self._per_token = (1 - _NEW) * known + _NEW * seen

@@ -123,9 +123,11 @@ class Step:
     def _clock(self, plan: Plan) -> Iterator[None]:
         """Count a step; only steps without prompt slices tell the decoding speed."""
         started, before = time.perf_counter(), self.stats.generated_tokens
+        drafted = self.stats.draft_tokens
         yield
         seconds, new = time.perf_counter() - started, self.stats.generated_tokens - before
         self.stats.packed_tokens = self._target.forward_tokens
         self.stats.padding_tokens = self._target.padding_tokens
-        self._pace.observe(len(plan.decodes), sum(len(p.tokens) for p in plan.prefills), seconds)
+        decoded = len(plan.decodes) + self.stats.draft_tokens - drafted
+        self._pace.observe(decoded, sum(len(p.tokens) for p in plan.prefills), seconds)
         self.stats.record_step(seconds, len(plan.decodes), new, prompts=bool(plan.prefills))
