@@ -152,8 +152,12 @@ def test_a_quantised_teacher_needs_bitsandbytes(parts, tmp_path, monkeypatch, bi
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_teacher_teaches(parts, tmp_path, bits):
     """Near the unquantised teacher, not equal to it, and small in memory."""
-    made = settings(parts, tmp_path, method="kd", use_peft=False, teacher_quantization=bits)
-    teacher, exact = load_teacher(made), llama(1)
+    exact = llama(1, hidden_size=64, intermediate_size=128)  # bitsandbytes takes blocks of 64
+    exact.save_pretrained(tmp_path / "exact")
+    tokenizer().save_pretrained(tmp_path / "exact")
+    changes = {"use_peft": False, "teacher_model_name_or_path": str(tmp_path / "exact")}
+    made = settings(parts, tmp_path / "run", method="kd", teacher_quantization=bits, **changes)
+    teacher = load_teacher(made)
     kinds = {type(module).__name__ for module in teacher.modules()}
     assert kinds & {"Linear8bitLt", "Linear4bit"}, kinds
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent, and carry the trainer's whole state."""
 
+import errno
 import json
 import os
 import shutil
@@ -172,19 +173,23 @@ def test_the_best_checkpoint_is_named_where_it_lies(tmp_path):
     assert saved["best_model_checkpoint"] == best
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+def test_a_full_or_read_only_disk_is_one_line_and_leaves_the_older_checkpoint(
+    tmp_path, monkeypatch, fault
+):
     run = trainer(tmp_path, method="sft", save_strategy="steps", save_steps=2)
     original, saves = checkpoint.save_state, []
 
     def full(*arguments):
         saves.append(1)
         if len(saves) == 2:
-            raise OSError(28, "No space left on device")
+            raise OSError(fault, os.strerror(fault))
         original(*arguments)
 
     monkeypatch.setattr(checkpoint, "save_state", full)
-    with pytest.raises(RetortError, match=r"step 4 could not be written.*No space left"):
+    with pytest.raises(RetortError, match=r"step 4 could not be written") as caught:
         run.train()
+    assert os.strerror(fault) in str(caught.value) and "\n" not in str(caught.value)
     assert checkpoint.newest(tmp_path).name == "checkpoint-2"
     assert not (tmp_path / ".checkpoint.partial").exists()
 

@@ -113,6 +113,14 @@ def test_equals_a_naive_version_that_computes_everything_again(kind, rounds):
         negative_log_likelihood(teacher, p, t.tokens) for p, t in zip(prompts, texts, strict=True)
     )
     assert counts.nll_after == pytest.approx(nll, rel=1e-9)
+    raw = [greedy(student, p, 9) for p in prompts]
+    changes = [
+        negative_log_likelihood(teacher, p, t.tokens) / len(t.tokens)
+        - negative_log_likelihood(teacher, p, old) / len(old)
+        for p, t, old in zip(prompts, texts, raw, strict=True)
+    ]
+    assert counts.nll_change == pytest.approx(sum(changes), rel=1e-9)
+    assert counts.nll_change_squared == pytest.approx(sum(c**2 for c in changes), rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["llama", "dense_retnet"])

@@ -255,7 +255,7 @@ def test_every_promised_name_is_logged_and_the_report_reads_it(tmp_path):
     names += ["time/rollout", "time/teacher", "time/train"]
     names += [f"dac/{n}" for n in ("coverage", "width", "lower", "upper", "hidden_share")]
     names += ["scrg/corrected", "scrg/regenerated_tokens", "scrg/share_without_error"]
-    names += ["scrg/nll_before", "scrg/nll_after"]
+    names += ["scrg/nll_before", "scrg/nll_after", "scrg/nll_change", "scrg/nll_change_low"]
     assert set(names) <= set(record)
     assert record["dac/upper"] - record["dac/lower"] == pytest.approx(record["dac/width"])
     assert (

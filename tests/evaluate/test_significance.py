@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from retort.errors import ConfigurationError
-from retort.evaluate.significance import paired_bootstrap
+from retort.evaluate.significance import bootstrap, paired_bootstrap
 
 
 def _scores(gain: float, spread: float, n: int = 60) -> tuple[list[float], list[float]]:
@@ -66,3 +66,12 @@ def test_unpaired_scores_are_refused(pair):
 def test_a_confidence_of_one_is_refused():
     with pytest.raises(ConfigurationError, match="confidence"):
         paired_bootstrap([1.0], [2.0], confidence=1.0)
+
+
+def test_a_bootstrap_of_the_mean_is_the_paired_one():
+    first, second = [0.1, 0.5, 0.2, 0.9], [0.2, 0.4, 0.6, 0.8]
+    gains = [b - a for a, b in zip(first, second, strict=True)]
+    found = bootstrap(lambda chosen: sum(gains[i] for i in chosen) / len(chosen), 4, samples=200)
+    assert found == paired_bootstrap(first, second, samples=200)
+    with pytest.raises(ConfigurationError, match="at least one prompt"):
+        bootstrap(lambda _: 0.0, 0)

@@ -2,10 +2,19 @@
 
 import math
 
+import pytest
+
+from retort.distill.metrics import scrg_numbers, scrg_sums
+from retort.distill.objective import Objective
+from retort.distill.presets import PRESETS
+from retort.distill.sequences.scrg import Counts
 from retort.report.metrics import GROUPS, canonical
 from retort.report.training import collect, total, training_section
+from tests.distill.toys import config, tokenizer
 from tests.report import sample_run
 from tests.report.test_html import parse
+
+FORWARDED = ("scrg/student_", "scrg/teacher_")  # tokens by who read them: in the table
 
 
 def _titles(records):
@@ -19,7 +28,7 @@ def test_only_what_exists_is_plotted():
 
 def test_the_sample_run_fills_every_plot_it_has_metrics_for():
     keys = [panel.key for group in GROUPS for panel in group.panels]
-    without = {"divergence", "rouge", "dac-dual", "phi"}
+    without = {"divergence", "rouge", "dac-dual", "phi", "skd"}
     assert _titles(sample_run.training()) == [key for key in keys if key not in without]
 
 
@@ -82,3 +91,14 @@ def test_corrections_and_phases_are_summed_in_words():
 def test_no_log_is_not_measured():
     assert "not measured" in training_section([])
     assert "corrections: not measured" in training_section([{"step": 1, "loss": 2.0}])
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_term_that_a_method_logs_has_a_plot(tmp_path, method):
+    names = [*Objective(config(tmp_path, method=method), tokenizer()).weights, "acceptance"]
+    counts = Counts(texts=2, tokens_before=4, tokens_after=4, corrected=1, nll_change_squared=1.0)
+    names += [n for n in scrg_numbers(scrg_sums(counts)) if not n.startswith(FORWARDED)]
+    names += ["phi", "skd/replaced", "source/student", "time/rollout", "time/teacher"]
+    record = dict.fromkeys(names, 0.5)
+    drawn = training_section([record | {"step": 1}, record | {"step": 2}])
+    assert "Other metrics" not in drawn

@@ -91,7 +91,19 @@ def scrg_numbers(sums: Mapping[str, float]) -> Sums:
         "scrg/nll_after": sums["scrg.nll_after"] / max(sums["scrg.tokens_after"], 1),
     }
     forwarded = [key for key in sums if key.startswith(("scrg.student_", "scrg.teacher_"))]
-    return found | {key.replace(".", "/"): sums[key] for key in forwarded}
+    return found | _nll_change(sums) | {key.replace(".", "/"): sums[key] for key in forwarded}
+
+
+def _nll_change(sums: Mapping[str, float]) -> Sums:
+    """Mean change of a text's NLL by revision with its 95 % interval, paired over texts."""
+    count, total = sums["scrg.texts"], sums.get("scrg.nll_change")
+    if total is None:  # a meter of a checkpoint from before it was kept
+        return {}
+    mean = total / count
+    spread = max(sums["scrg.nll_change_squared"] - count * mean**2, 0.0)
+    margin = 1.96 * math.sqrt(spread / max(count - 1, 1) / count)
+    ends = {"scrg/nll_change_low": mean - margin, "scrg/nll_change_high": mean + margin}
+    return {"scrg/nll_change": mean, **(ends if count > 1 else {})}
 
 
 def numbers(sums: Mapping[str, float]) -> Sums:

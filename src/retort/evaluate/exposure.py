@@ -50,9 +50,17 @@ def exposure_bias(
     if not by_student or not by_teacher:
         raise ConfigurationError("exposure bias needs texts of the student and of the teacher")
     own, oracle = (
-        _mean_kl([token_kl(teacher, student, e, chunk_size) for e in examples])
+        [token_kl(teacher, student, e, chunk_size) for e in examples]
         for examples in (by_student, by_teacher)
     )
+    return from_token_kl(own, oracle, length)
+
+
+def from_token_kl(
+    by_student: Sequence[Tensor], by_teacher: Sequence[Tensor], length: int | None = None
+) -> ExposureBias:
+    """The same from each text's `token_kl`."""
+    own, oracle = _mean_kl(by_student), _mean_kl(by_teacher)
     reach = min(len(own), len(oracle), length or len(own))
     accumulated, per_step = own[:reach].sum().item(), oracle[:reach].mean().item()
     excess = (accumulated / per_step - reach) / reach * 100 if per_step else math.nan

@@ -8,7 +8,7 @@ gives the same interval with every version of numpy.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from retort.errors import ConfigurationError
@@ -47,14 +47,37 @@ def paired_bootstrap(
 
     Raises `ConfigurationError` for unequal or empty scores and for a confidence outside (0, 1).
     """
-    _check(first, second, samples, confidence)
+    if len(first) != len(second) or not first:
+        raise ConfigurationError(
+            f"a paired comparison needs the same prompts in both runs, got {len(first)} and "
+            f"{len(second)} scores"
+        )
     gains = [b - a for a, b in zip(first, second, strict=True)]
+
+    def mean(chosen: Sequence[int]) -> float:
+        return sum(gains[i] for i in chosen) / len(chosen)
+
+    return bootstrap(mean, len(gains), samples, confidence, seed)
+
+
+def bootstrap(
+    difference: Callable[[Sequence[int]], float],
+    n: int,
+    samples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> BootstrapResult:
+    """Resample ``n`` prompts: ``difference`` is given the indices (some several times, some never).
+
+    For differences that are no mean over prompts. Raises `ConfigurationError` without prompts and
+    for a confidence outside (0, 1).
+    """
+    _check(n, samples, confidence)
     draw = random.Random(seed)
-    n = len(gains)
-    means = sorted(sum(draw.choices(gains, k=n)) / n for _ in range(samples))
+    means = sorted(difference(draw.choices(range(n), k=n)) for _ in range(samples))
     tail = (1.0 - confidence) / 2.0
     return BootstrapResult(
-        difference=sum(gains) / n,
+        difference=difference(range(n)),
         low=means[round(tail * (samples - 1))],
         high=means[round((1.0 - tail) * (samples - 1))],
         p_value=_two_sided(means),
@@ -70,14 +93,9 @@ def _two_sided(means: list[float]) -> float:
     return min(1.0, 2.0 * max(min(below, above), 0.5) / len(means))
 
 
-def _check(
-    first: Sequence[float], second: Sequence[float], samples: int, confidence: float
-) -> None:
-    if len(first) != len(second) or not first:
-        raise ConfigurationError(
-            f"a paired comparison needs the same prompts in both runs, got {len(first)} and "
-            f"{len(second)} scores"
-        )
+def _check(n: int, samples: int, confidence: float) -> None:
+    if not n:
+        raise ConfigurationError("a comparison needs at least one prompt, got none")
     if samples < 1 or not 0.0 < confidence < 1.0:
         raise ConfigurationError(
             f"samples must be 1 or more and confidence inside (0, 1), got {samples}, {confidence}"

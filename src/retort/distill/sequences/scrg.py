@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class Counts:
     ``teacher_tokens`` and ``student_score_tokens`` judge the text as written (prompt included
     for the teacher); ``teacher_rescored_tokens`` and ``student_rescored_tokens`` judge the new
     suffix; ``student_rewritten_tokens`` wrote it. ``nll_before`` and ``nll_after`` are sums over
-    ``tokens_before`` and ``tokens_after`` tokens of −log p under the teacher.
+    ``tokens_before`` and ``tokens_after`` tokens of −log p under the teacher; ``nll_change`` and
+    ``nll_change_squared`` are sums over texts of how much a text's mean changed.
     """
 
     texts: int = 0
@@ -82,6 +84,8 @@ class Counts:
     nll_after: float = 0.0
     tokens_before: int = 0
     tokens_after: int = 0
+    nll_change: float = 0.0
+    nll_change_squared: float = 0.0
 
     def __iadd__(self, other: Counts) -> Counts:
         for name, value in asdict(other).items():
@@ -146,9 +150,9 @@ class Reviser:
         judged = [_Judged(text, self.teacher.add_row()) for text in texts]
         try:
             self._judge(judged, with_student=True)
-            self._count_before(judged)
+            before = self._count_before(judged)
             corrections = self._rounds(judged)
-            self._count_after(judged)
+            self._count_after(judged, before)
         finally:
             for each in judged:
                 self.teacher.free_row(each.teacher_row)
@@ -249,15 +253,20 @@ class Reviser:
         name = f"{who}_{what}"
         setattr(self.counts, name, getattr(self.counts, name) + tokens)
 
-    def _count_before(self, judged: Sequence[_Judged]) -> None:
+    def _count_before(self, judged: Sequence[_Judged]) -> list[float]:
+        """Returns the mean −log p of each text."""
         self.counts.texts += len(judged)
         self.counts.without_error += sum(each.worst_error() is None for each in judged)
         self.counts.nll_before += sum(sum(each.nll) for each in judged)
         self.counts.tokens_before += sum(len(each.nll) for each in judged)
+        return [fmean(each.nll) for each in judged]
 
-    def _count_after(self, judged: Sequence[_Judged]) -> None:
+    def _count_after(self, judged: Sequence[_Judged], before: Sequence[float]) -> None:
         self.counts.nll_after += sum(sum(each.nll) for each in judged)
         self.counts.tokens_after += sum(len(each.nll) for each in judged)
+        changes = [fmean(e.nll) - old for e, old in zip(judged, before, strict=True)]
+        self.counts.nll_change += sum(changes)
+        self.counts.nll_change_squared += sum(change**2 for change in changes)
 
 
 def _extend(each: _Judged, teacher: Tensor, student: Tensor | None, width: int) -> None:
