@@ -11,25 +11,39 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from peft import LoraConfig, get_peft_model
 
 from retort.distill.presets import PRESETS
 from tests.distill.toys import llama, trainer
 
 REPLAY = {"method": "kd", "lmbda": 0.6, "sft_weight": 0.5, "max_steps": 4}
 REPLAY |= {"replay_buffer_size": 6, "replay_share": 0.5}
+LORA = {"method": "mgsr", "adapted_student": True}
 SELDOM = {"method": "kd", "lmbda": 0.15, "max_steps": 4}  # some steps, one process writes nothing
 RESUMED = {**REPLAY, "method": "mgsr", "save_strategy": "steps", "save_steps": 2}
 RESUMED |= {"logging_steps": 3, "dac_mode": "learned", "lmbda": 0.8}
 
 
 def cases():
-    """Arguments of each run by name: every preset, and two mixes."""
-    return {name: {"method": name} for name in PRESETS} | {"replay": REPLAY, "seldom": SELDOM}
+    """Arguments of each run by name: every preset, two mixes and a LoRA student."""
+    mixes = {"replay": REPLAY, "seldom": SELDOM, "lora": LORA}
+    return {name: {"method": name} for name in PRESETS} | mixes
 
 
-def build(folder, batch_size, accumulation, **changes):
+def adapted(model):
+    """``model`` with a LoRA adapter in float64 that already changes what it says."""
+    torch.manual_seed(0)
+    made = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    for name, value in made.named_parameters():
+        if "lora_" in name:
+            value.data = torch.nn.init.normal_(torch.empty_like(value), std=0.2).double()
+    return made
+
+
+def build(folder, batch_size, accumulation, adapted_student=False, **changes):
     """A trainer over `ROWS` in float64."""
     student, teacher = llama(2, dtype=torch.float64), llama(1, dtype=torch.float64)
+    student = adapted(student) if adapted_student else student
     values = {"per_device_train_batch_size": batch_size, "max_steps": 2}
     values |= {"gradient_accumulation_steps": accumulation}
     return trainer(folder, student, teacher, **{**values, **changes})

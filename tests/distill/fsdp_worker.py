@@ -15,6 +15,7 @@ from retort.distill.objective import Objective
 from retort.distill.sequences.writers import StudentWriter, WritingSettings
 from retort.distill.sharding import RolloutCopy, is_sharded, whole
 from retort.distill.teachers import Teacher
+from tests.distill.ddp_worker import adapted
 from tests.distill.toys import config, llama, tokenizer
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [20], [31, 32]]
@@ -39,11 +40,19 @@ def step(objective, student, teacher, rows, counts, scale, optimizer, through=No
     optimizer.zero_grad()
 
 
-def main(folder, reshard):
+def trained(model, mode):
+    """Names of the parameters that learn."""
+    return {n for n, _ in model.named_parameters() if mode != "lora" or "lora_" in n}
+
+
+def main(folder, mode):
+    reshard = mode == "reshard"
     dist.init_process_group("gloo")
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     settings = config(folder, method="mgsr", dac_mode="fixed", loss_chunk_size=3)
     plain, teacher = llama(2, dtype=torch.float64), Teacher(llama(1, dtype=torch.float64))
+    if mode == "lora":
+        plain = adapted(plain).get_base_model()
     sharded = copy.deepcopy(plain)
     rollout = RolloutCopy(sharded)
     student = HeadlessModel(sharded)
@@ -53,6 +62,7 @@ def main(folder, reshard):
     assert is_sharded(sharded) and not is_sharded(plain)
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
     assert all(p.to_local().shape[0] < p.shape[0] for p in sharded.parameters())
+    assert {n for n, p in sharded.named_parameters() if p.requires_grad} == trained(sharded, mode)
 
     objective = Objective(settings, tokenizer())
     everything = range(len(PROMPTS))
@@ -68,7 +78,7 @@ def main(folder, reshard):
     for name, parameter in sharded.named_parameters():
         assert isinstance(parameter, DTensor), name
         torch.testing.assert_close(whole(parameter), expected[name], rtol=1e-9, atol=1e-11)
-        assert not torch.equal(expected[name], before[name]), name
+        assert torch.equal(expected[name], before[name]) != parameter.requires_grad, name
 
     calls, gather = [], DTensor.full_tensor
     DTensor.full_tensor = lambda tensor, **keywords: calls.append(1) or gather(tensor, **keywords)
@@ -84,4 +94,4 @@ def main(folder, reshard):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "reshard")
+    main(sys.argv[1], sys.argv[2])

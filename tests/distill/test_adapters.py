@@ -152,7 +152,7 @@ def test_a_quantised_teacher_needs_bitsandbytes(parts, tmp_path, monkeypatch, bi
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_teacher_teaches(parts, tmp_path, bits):
     """Near the unquantised teacher, not equal to it, and small in memory."""
-    exact = llama(1, hidden_size=64, intermediate_size=128)  # bitsandbytes takes blocks of 64
+    exact = llama(1, hidden_size=64, intermediate_size=128, head_dim=32)  # bitsandbytes blocks
     exact.save_pretrained(tmp_path / "exact")
     tokenizer().save_pretrained(tmp_path / "exact")
     changes = {"use_peft": False, "teacher_model_name_or_path": str(tmp_path / "exact")}

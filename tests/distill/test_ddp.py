@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distill.ddp_worker import cases, digest, train
+from tests.distill.ddp_worker import build, cases, digest, train
 
 ROOT = Path(__file__).resolve().parents[2]
 # accelerate starts several processes of a CPU by MPI only; torchrun's launcher does it without.
@@ -82,6 +82,14 @@ def test_two_processes_are_one_with_twice_the_rows(shared, single, name, accumul
     for key, value in whole.items():
         expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-4)
         assert first[key] == expected, key
+
+
+def test_an_adapter_moves_in_both_processes_and_its_base_in_neither(shared, single):
+    start = digest(build(shared / "start", 8, 1, **cases()["lora"]))
+    names = {name for name in start if name.startswith(("model.", "lm_head."))}
+    adapter = {name for name in names if "lora_" in name}
+    for end in single("lora")[1], *ends(shared / "1" / "lora", "digest"):
+        assert {name for name in names if start[name] != end[name]} == adapter != set()
 
 
 def test_a_process_that_writes_nothing_does_not_hold_up_the_other(shared):

@@ -10,7 +10,7 @@ from tests.distill.test_ddp import launch
 from tests.distill.toys import llama
 
 
-@pytest.mark.parametrize("mode", ["keep", "reshard"])
+@pytest.mark.parametrize("mode", ["keep", "reshard", "lora"])
 def test_a_sharded_step_is_the_unsharded_one_and_decoding_communicates_nothing(tmp_path, mode):
     done = launch("tests.distill.fsdp_worker", tmp_path, mode)
     assert done.stdout.count("is done") == 2
