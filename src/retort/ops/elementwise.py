@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retort.ops.native import activation, elementwise
+from retort.ops.native import elementwise
+from retort.ops.native.activation import activation
 
 _on_core: ContextVar[bool] = ContextVar("on_core", default=False)
 
@@ -43,13 +44,13 @@ def on_core(x: Tensor) -> bool:
 def silu(x: Tensor, other: Tensor | None = None) -> Tensor:
     """``x · sigmoid(x)``, times ``other`` where given; ``[..., n]``."""
     if on_core(x):
-        return activation.silu(x, other)
+        return activation("silu", x, other)
     return F.silu(x) if other is None else F.silu(x) * other
 
 
 def softplus(x: Tensor) -> Tensor:
     """``log(1 + e^x)``, ``[..., n]``."""
-    return activation.softplus(x) if on_core(x) else F.softplus(x)
+    return activation("softplus", x) if on_core(x) else F.softplus(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,9 +7,11 @@ import torch
 
 from retort.ops import linear, native
 from retort.ops.linear import pack, packed_argmax
+from retort.ops.native import activation as activations
 from retort.ops.native import attention, elementwise
+from retort.ops.native.activation import activation
 from retort.ops.native.attention import RaggedLayout, RowBuffers, ragged_attention
-from retort.ops.native.elementwise import Norm, rms_norm, rotary, unary
+from retort.ops.native.elementwise import Norm, rms_norm, rotary
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native core")
 
@@ -33,7 +35,7 @@ def arguments():
 CASES = {
     "norm": (elementwise._rms_norm_op, (X, NORM.weight, 1e-5, 1.0)),
     "rotary": (elementwise._rotary_op, (X, ANGLES, ANGLES)),
-    "unary": (elementwise._unary_op, ("gelu", X)),
+    "activation": (activations._activation_op, ("gelu", X, X)),
     "argmax": (linear._packed_argmax_op, (X, WEIGHT.data, WEIGHT.bias, 40)),
     "attention": (attention._ragged_attention_op, arguments()),
 }
@@ -50,7 +52,7 @@ def functions():
     return {
         "norm": lambda x: rms_norm(x, NORM) + 1,
         "rotary": lambda x: rotary(x, ANGLES, ANGLES) + 1,
-        "unary": lambda x: unary("silu", x) + 1,
+        "activation": lambda x: activation("silu", x) + 1,
         "argmax": lambda x: packed_argmax(x, WEIGHT)[0] + 1,
     }
 

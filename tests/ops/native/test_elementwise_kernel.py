@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from retort.errors import ConfigurationError
-from retort.ops.native.elementwise import UNARY, Norm, rms_norm, rotary, unary
+from retort.ops.native.activation import activation
+from retort.ops.native.elementwise import Norm, rms_norm, rotary
 from retort.ops.native.invariant import row_invariant
 
 WIDTHS = [1, 7, 64, 129, 576]
@@ -41,29 +42,6 @@ def test_rotary_equals_rotate_half(isa, width, rotated):
     assert torch.equal(got[4:5], rotary(x[4:5], cos[4:5], sin[4:5]))
 
 
-WANTED = {
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "cos": torch.cos,
-    "sin": torch.sin,
-}
-
-
-@pytest.mark.parametrize("name", UNARY)
-def test_functions_equal_their_definition_wherever_an_element_stands(isa, name):
-    torch.manual_seed(0)
-    x = torch.cat((10 * torch.randn(500), torch.tensor([0.0, -0.0, 90.0, -90.0, 1e-30, 1e5])))
-    got, want = unary(name, x), WANTED[name](x.double())
-    assert ((got - want).abs() <= 4e-7 * (0.5 + want.abs())).all()
-    for size in (1, 7, 33):
-        assert torch.equal(torch.cat([unary(name, part) for part in x.split(size)]), got)
-    assert unary(name, torch.tensor([torch.nan])).isnan().all()
-    assert unary(name, x[:0]).shape == (0,)
-
-
 def test_inside_the_mode_torchs_functions_are_the_cores_and_only_there():
     x = torch.randn(2, 3, 37)
     calls = {
@@ -78,7 +56,7 @@ def test_inside_the_mode_torchs_functions_are_the_cores_and_only_there():
     with torch.no_grad(), row_invariant():
         for name, functions in calls.items():
             for function in functions:
-                assert torch.equal(function(x), unary(name, x))
+                assert torch.equal(function(x), activation(name, x))
                 assert function(x.transpose(0, 2)).shape == (37, 3, 2)
         a, b = torch.randn(1, 7, 1), torch.randn(1, 1, 5)
         assert torch.equal(a @ b, a * b)
@@ -98,10 +76,6 @@ def test_bad_input_is_refused():
         lambda: rms_norm(x.to("meta"), norm),
         lambda: rms_norm(x, Norm(torch.ones(4).double(), 1e-5)),
         lambda: rms_norm(x, Norm(torch.ones(8)[::2], 1e-5)),
-        lambda: unary("relu", x),
-        lambda: unary("tanh", x.double()),
-        lambda: unary("tanh", x.transpose(0, 1)),
-        lambda: unary("tanh", x.to("meta")),
         lambda: rotary(x[0], angles, angles),
         lambda: rotary(x, angles[:1], angles),
         lambda: rotary(x, angles[:, :3], angles[:, :3]),

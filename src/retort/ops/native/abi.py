@@ -81,12 +81,6 @@ class RotaryCall(ctypes.Structure):
     )  # fmt: skip
 
 
-class UnaryCall(ctypes.Structure):
-    """A function of each element."""
-
-    _fields_: ClassVar[Fields] = _fields(p="x", i="count op", p2="out", t="threads")
-
-
 class Decoder(ctypes.Structure):
     """Weights, norms and heads of a decoder layer."""
 
@@ -107,10 +101,10 @@ class DecoderCall(ctypes.Structure):
 
 
 class ActivationCall(ctypes.Structure):
-    """silu or softplus of rows."""
+    """A function of each element of rows."""
 
     _fields_: ClassVar[Fields] = _fields(
-        p="x", i="ldx m n", p2="other", i2="ldother kind", p3="out", t="threads"
+        p="x", i="ldx m n", p2="other", i2="ldother op", p3="out", t="threads"
     )
 
 
@@ -241,7 +235,6 @@ CALLS = {
     "retort_attention": AttentionCall,
     "retort_norm": NormCall,
     "retort_rotary": RotaryCall,
-    "retort_unary": UnaryCall,
     "retort_decoder": DecoderCall,
     "retort_activation": ActivationCall,
     "retort_rotate_pairs": RotaryCall,

@@ -1,5 +1,9 @@
-// Single passes over rows: silu, softplus and rotary positions of neighbouring pairs.
+// Activations, angles, and rotary positions of neighbouring pairs. PyTorch's own kernels compute the
+// last elements of a block with other code than the rest, so that an element's bits depend on its
+// place; here they never do.
 #pragma once
+#include <math.h>
+
 #include "api.h"
 #include "elementwise.h"
 #include "simd.h"
@@ -39,6 +43,21 @@ INLINE vf softplus(vf x) {
   return (x > vf{} ? x : vf{}) + l;
 }
 
+INLINE vf gelu(vf x) { return splat(0.5f) * x * (splat(1.f) + erf(x * splat(0.70710678f))); }
+
+// Hendrycks and Gimpel's approximation, arXiv 1606.08415.
+INLINE vf gelu_tanh(vf x) {
+  const vf inner = splat(0.79788456f) * fma(splat(0.044715f), x * x * x, x);
+  return splat(0.5f) * x * (splat(1.f) + tanh(inner));
+}
+
+INLINE vf each(vf x, float (*f)(float)) {
+  float lanes[W];
+  store(lanes, x);
+  for (int i = 0; i < W; i++) lanes[i] = f(lanes[i]);
+  return load(lanes);
+}
+
 template <class F>
 INLINE void apply_row(const float* x, const float* other, int64_t n, float* out, const F& f) {
   for (int64_t i = 0; i < n; i += W) {
@@ -53,15 +72,30 @@ INLINE void apply_row(const float* x, const float* other, int64_t n, float* out,
   }
 }
 
+static void activation_row(int64_t op, const float* x, const float* other, int64_t n,
+                           float* out) {
+  switch (op) {
+    case RETORT_TANH: return apply_row(x, other, n, out, [](vf v) { return tanh(v); });
+    case RETORT_SIGMOID: return apply_row(x, other, n, out, [](vf v) { return sigmoid(v); });
+    case RETORT_SILU: return apply_row(x, other, n, out, [](vf v) { return silu(v); });
+    case RETORT_GELU: return apply_row(x, other, n, out, [](vf v) { return gelu(v); });
+    case RETORT_GELU_TANH: return apply_row(x, other, n, out, [](vf v) { return gelu_tanh(v); });
+    case RETORT_SOFTPLUS: return apply_row(x, other, n, out, [](vf v) { return softplus(v); });
+    // Angles reach the context's length, so their range reduction is left to the C library.
+    case RETORT_COS: return apply_row(x, other, n, out, [](vf v) { return each(v, cosf); });
+    case RETORT_SIN: return apply_row(x, other, n, out, [](vf v) { return each(v, sinf); });
+  }
+}
+
 static void activation(const RetortActivationCall* c) {
+  constexpr int64_t SPAN = 4096;  // long rows are cut, so that threads share them
+  const int64_t cuts = ceil_div(c->n, SPAN), parts = c->m * cuts;
   run_team(useful_threads(c->threads, c->m * c->n), [&](const Team& team) {
-    for (int64_t r = team.begin(c->m); r < team.end(c->m); r++) {
-      const float* other = c->other ? c->other + r * c->ldother : nullptr;
-      if (c->kind == 0)
-        apply_row(c->x + r * c->ldx, other, c->n, c->out + r * c->n, [](vf v) { return silu(v); });
-      else
-        apply_row(c->x + r * c->ldx, other, c->n, c->out + r * c->n,
-                  [](vf v) { return softplus(v); });
+    for (int64_t p = team.begin(parts); p < team.end(parts); p++) {
+      const int64_t r = p / cuts, i = p % cuts * SPAN;
+      const float* other = c->other ? c->other + r * c->ldother + i : nullptr;
+      activation_row(c->op, c->x + r * c->ldx + i, other, least(SPAN, c->n - i),
+                     c->out + r * c->n + i);
     }
   });
 }

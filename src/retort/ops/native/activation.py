@@ -1,4 +1,4 @@
-"""SiLU, softplus and pairwise rotary positions as single passes; bits depend on the values alone.
+"""Activations and pairwise rotary positions as single passes; bits depend on the values alone.
 
 torch computes the last few elements of a tensor, and of each thread's part of it, by another
 formula than the others, so that a row's bits would depend on where it lies.
@@ -14,11 +14,17 @@ from retort.ops import native
 from retort.ops.native import abi
 from retort.ops.native.checks import require, require_rows
 
+# In the order of the header's enumeration.
+ACTIVATIONS = ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "cos", "sin", "softplus")
 
-def silu(x: Tensor, other: Tensor | None = None) -> Tensor:
-    """``x / (1 + e^−x)``, times ``other`` where given.
+
+def activation(name: str, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """A function of each element of ``x``, times ``other`` where given.
+
+    Softplus is ``log(1 + e^x)`` also where torch takes x for it.
 
     Args:
+        name: one of `ACTIVATIONS`.
         x: float32 ``[..., n]`` on the CPU.
         other: like ``x``.
 
@@ -26,39 +32,42 @@ def silu(x: Tensor, other: Tensor | None = None) -> Tensor:
         ``[..., n]``, contiguous. No gradient flows.
 
     Raises:
-        ConfigurationError: type, device or shape do not fit, or there is no native core.
+        ConfigurationError: name, type, device or shape do not fit, or there is no native core.
     """
-    return _activation(x, other, 0)
-
-
-def softplus(x: Tensor) -> Tensor:
-    """``log(1 + e^x)``, also where torch takes x for it; arguments as in `silu`."""
-    return _activation(x, None, 1)
-
-
-def _activation(x: Tensor, other: Tensor | None, kind: int) -> Tensor:
-    rows = _rows(x)
-    m, n = rows.shape
-    require_rows("x", rows, m, n)
-    factor = None
-    if other is not None:
-        if other.shape != x.shape:
-            raise ConfigurationError(f"{tuple(other.shape)} does not fit {tuple(x.shape)}")
-        factor = _rows(other)
-        require_rows("other", factor, m, n)
+    if torch.compiler.is_compiling():
+        return _activation_op(name, x, other)
+    if name not in ACTIVATIONS:
+        raise ConfigurationError(f"{name!r} is none of the activations {ACTIVATIONS}")
+    if other is not None and other.shape != x.shape:
+        raise ConfigurationError(f"{tuple(other.shape)} does not fit {tuple(x.shape)}")
+    rows, factor = _rows("x", x), None if other is None else _rows("other", other)
     out = torch.empty(x.shape)
     call = abi.ActivationCall(
-        rows.data_ptr(), rows.stride(0), m, n, None if factor is None else factor.data_ptr(),
-        0 if factor is None else factor.stride(0), kind, out.data_ptr(), torch.get_num_threads(),
+        rows.data_ptr(), rows.stride(0), *rows.shape, None if factor is None else factor.data_ptr(),
+        0 if factor is None else factor.stride(0), ACTIVATIONS.index(name), out.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
-    if m:
+    if out.numel():
         native.library().retort_activation(call)
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+def _rows(name: str, x: Tensor) -> Tensor:
+    """``x`` as ``[rows, n]`` with neighbouring columns; a copy where strides forbid it."""
+    rows = x.reshape(-1, x.shape[-1] if x.dim() and x.numel() else 1)
+    rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    require_rows(name, rows, *rows.shape)
+    return rows
+
+
+@torch.library.custom_op("retort::activation", mutates_args=())
+def _activation_op(name: str, x: Tensor, other: Tensor | None) -> Tensor:
+    return activation(name, x, other)
+
+
+@_activation_op.register_fake
+def _(name: str, x: Tensor, other: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -94,24 +94,6 @@ struct RetortRotaryCall {
   int32_t threads;
 };
 
-enum RetortUnary {
-  RETORT_TANH,
-  RETORT_SIGMOID,
-  RETORT_SILU,
-  RETORT_GELU,
-  RETORT_GELU_TANH,
-  RETORT_COS,
-  RETORT_SIN,
-};
-
-// out[i] = op(x[i]): the bits of an element depend on that element alone.
-struct RetortUnaryCall {
-  const float* x;
-  int64_t count, op;
-  float* out;
-  int32_t threads;
-};
-
 // A decoder layer of the Llama family: norm, attention, residual, norm, gated MLP, residual.
 struct RetortDecoder {
   const RetortLinear *query, *output, *gate, *down;  // query: three layers, query, key and value
@@ -134,12 +116,23 @@ struct RetortDecoderCall {
   int32_t threads;
 };
 
-// f(x) of rows, times `other` where there is one; kind 0 is silu, 1 softplus.
+enum RetortActivation {
+  RETORT_TANH,
+  RETORT_SIGMOID,
+  RETORT_SILU,
+  RETORT_GELU,
+  RETORT_GELU_TANH,
+  RETORT_COS,
+  RETORT_SIN,
+  RETORT_SOFTPLUS,
+};
+
+// op(x) of rows, times `other` where there is one: the bits of an element depend on it alone.
 struct RetortActivationCall {
   const float* x;
   int64_t ldx, m, n;
   const float* other;  // [m, n] with row stride ldother, or null
-  int64_t ldother, kind;
+  int64_t ldother, op;
   float* out;  // [m, n]
   int32_t threads;
 };
@@ -330,7 +323,6 @@ struct RetortKernels {
   void (*attention)(const RetortAttentionCall*);
   void (*norm)(const RetortNormCall*);
   void (*rotary)(const RetortRotaryCall*);
-  void (*unary)(const RetortUnaryCall*);
   void (*decoder)(const RetortDecoderCall*);
   void (*activation)(const RetortActivationCall*);
   void (*rotate_pairs)(const RetortRotaryCall*);

@@ -65,7 +65,6 @@ EXPORT void retort_argmax(const RetortArgmaxCall* call) { chosen->argmax(call); 
 EXPORT void retort_attention(const RetortAttentionCall* call) { chosen->attention(call); }
 EXPORT void retort_norm(const RetortNormCall* call) { chosen->norm(call); }
 EXPORT void retort_rotary(const RetortRotaryCall* call) { chosen->rotary(call); }
-EXPORT void retort_unary(const RetortUnaryCall* call) { chosen->unary(call); }
 EXPORT void retort_decoder(const RetortDecoderCall* call) { chosen->decoder(call); }
 EXPORT void retort_activation(const RetortActivationCall* call) { chosen->activation(call); }
 EXPORT void retort_rotate_pairs(const RetortRotaryCall* call) { chosen->rotate_pairs(call); }

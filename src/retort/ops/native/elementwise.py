@@ -115,35 +115,6 @@ def _check(x: Tensor, n: int) -> None:
         )
 
 
-UNARY = ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "cos", "sin")
-
-
-def unary(name: str, x: Tensor) -> Tensor:
-    """A function of each element of ``x``, float32 and contiguous on the CPU; one of `UNARY`.
-
-    An element's bits depend on that element alone, not on its place or the size of the tensor.
-
-    Raises:
-        ConfigurationError: an unknown name, a tensor that is not as above, or no native core.
-    """
-    if torch.compiler.is_compiling():
-        return _unary_op(name, x)
-    if name not in UNARY:
-        raise ConfigurationError(f"unary function {name!r} is none of {UNARY}")
-    if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
-        raise ConfigurationError(
-            f"{name} takes float32 without gaps on the CPU, not {x.dtype} on {x.device} with "
-            f"strides {x.stride()}"
-        )
-    out = torch.empty(x.shape)
-    call = abi.UnaryCall(
-        x.data_ptr(), x.numel(), UNARY.index(name), out.data_ptr(), torch.get_num_threads()
-    )
-    if call.count:
-        native.library().retort_unary(call)
-    return out
-
-
 @torch.library.custom_op("retort::rms_norm", mutates_args=())
 def _rms_norm_op(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return rms_norm(x, Norm(weight, eps, offset))
@@ -154,11 +125,6 @@ def _rotary_op(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotary(x, cos, sin)
 
 
-@torch.library.custom_op("retort::unary", mutates_args=())
-def _unary_op(name: str, x: Tensor) -> Tensor:
-    return unary(name, x)
-
-
 @_rms_norm_op.register_fake
 def _(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return x.new_empty(x.shape)
@@ -166,9 +132,4 @@ def _(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 
 @_rotary_op.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_unary_op.register_fake
-def _(name: str, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from retort.ops.native.elementwise import unary
+from retort.ops.native.activation import activation
 
 _FUNCTIONS: dict[Callable, str] = {
     torch.tanh: "tanh",
@@ -48,7 +48,7 @@ class row_invariant(TorchFunctionMode):
         if name is not None and len(args) == 1 and not torch.is_grad_enabled():
             name = _variant(name, kwargs or {})
             if name is not None and _fits(args[0]):
-                return unary(name, args[0].contiguous())
+                return activation(name, args[0])
         if func in _PRODUCTS and len(args) == 2 and args[0].shape[-1:] == (1,):
             return args[0] * args[1]  # an outer product (rotary angles): one term, the same bits
         return func(*args, **(kwargs or {}))

@@ -6,7 +6,6 @@
 #include "retention.h"
 #include "retnet.h"
 #include "scan.h"
-#include "unary.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -14,7 +13,7 @@
 extern "C" const RetortKernels* JOIN(retort_kernels_, RETORT_ISA)() {
   static const RetortKernels kernels = {
       RETORT_ISA::linear, RETORT_ISA::linears, RETORT_ISA::argmax, RETORT_ISA::attention,
-      RETORT_ISA::norm, RETORT_ISA::rotary, RETORT_ISA::unary, RETORT_ISA::decoder,
+      RETORT_ISA::norm, RETORT_ISA::rotary, RETORT_ISA::decoder,
       RETORT_ISA::activation, RETORT_ISA::rotate_pairs, RETORT_ISA::retention,
       RETORT_ISA::fold, RETORT_ISA::retnet, RETORT_ISA::scan, RETORT_ISA::convolution,
       RETORT_ISA::mamba, RETORT_ISA::stack, RETORT_ISA::race,
