@@ -23,9 +23,10 @@ import torch
 from torch.nn import functional as F
 
 from retort.ops import native
-from retort.ops.linear import gated, pack, packed_linear
+from retort.ops.linear import packed_linear
 from retort.ops.native import abi
 from retort.ops.pages import LargePages
+from retort.ops.panels import gated, pack
 from retort.provenance import Provenance, write_json
 
 # hidden, query and key/value widths, intermediate width, layers, vocabulary

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from retort.errors import ConfigurationError
 from retort.ops import linear, native
-from retort.ops.linear import gated, pack, packed_argmax, packed_linear, unpack
+from retort.ops.linear import packed_argmax, packed_linear
+from retort.ops.panels import gated, pack, unpack
 
 
 @pytest.mark.parametrize("n", [1, 16, 31, 32, 33, 80])

@@ -7,8 +7,8 @@ import gc
 import psutil
 import torch
 
-from retort.ops.linear import pack, unpack
 from retort.ops.pages import PAGE, LargePages
+from retort.ops.panels import pack, unpack
 
 
 def test_tensors_are_aligned_and_do_not_overlap():

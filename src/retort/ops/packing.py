@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from retort.errors import ConfigurationError
 from retort.ops import native
-from retort.ops.linear import pack, packed_linear, unpack
+from retort.ops.linear import packed_linear
 from retort.ops.pages import LargePages
+from retort.ops.panels import pack, unpack
 
 
 class PackedLinear(nn.Module):
@@ -31,7 +32,7 @@ class PackedLinear(nn.Module):
 
     Args:
         source: an ``nn.Linear`` or a transformers ``Conv1D``.
-        precision, pages: as in `retort.ops.linear.pack`.
+        precision, pages: as in `retort.ops.panels.pack`.
     """
 
     source: Any
@@ -153,7 +154,7 @@ def pack_linears(
 
     Args:
         model: a model on the CPU; expert tensors and subclasses of linear layers stay as they are.
-        precision: storage, see `retort.ops.linear.pack`.
+        precision: storage, see `retort.ops.panels.pack`.
         release: drop original weights that only packed layers use (a tied embedding keeps its own).
 
     Returns:

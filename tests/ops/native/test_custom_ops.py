@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from retort.ops import linear, native
-from retort.ops.linear import pack, packed_argmax
+from retort.ops.linear import packed_argmax
 from retort.ops.native import activation as activations
 from retort.ops.native import attention, elementwise
 from retort.ops.native.activation import activation
 from retort.ops.native.attention import RaggedLayout, RowBuffers, ragged_attention
 from retort.ops.native.elementwise import Norm, rms_norm, rotary
+from retort.ops.panels import pack
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native core")
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from retort.errors import ConfigurationError
-from retort.ops.linear import gated, pack, packed_linear, packed_linears
+from retort.ops.linear import packed_linear, packed_linears
 from retort.ops.native.attention import RaggedLayout, RowBuffers, ragged_attention
 from retort.ops.native.decoder import AttentionOptions, NativeDecoder
 from retort.ops.native.elementwise import Norm, rms_norm, rotary
 from retort.ops.native.stack import NativeStack, StackBuffers
+from retort.ops.panels import gated, pack
 
 HEADS, KV_HEADS, DK, DV = 6, 2, 20, 20
 COUNTS, STARTS = [1, 40, 3], [70, 0, 9]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from retort.ops.linear import gated, pack, packed_argmax, packed_linear, packed_linears, unpack
+from retort.ops.linear import packed_argmax, packed_linear, packed_linears
+from retort.ops.panels import gated, pack, unpack
 
 SIZES = [(1, 1), (33, 7), (70, 129), (95, 512), (160, 1024)]
 PRECISIONS = ["float32", "bfloat16"]

@@ -15,8 +15,9 @@ import torch
 
 from retort.errors import ConfigurationError
 from retort.ops import native
-from retort.ops.linear import pack, packed_linear
+from retort.ops.linear import packed_linear
 from retort.ops.native import abi, build, runtime
+from retort.ops.panels import pack
 
 needs_core = pytest.mark.skipif(not native.available(), reason="no native core")
 

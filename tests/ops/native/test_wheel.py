@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[3]
 PARTS = ("src", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 NO_COMPILER = {"PATH": "/nonexistent", "CXX": ""}
 ASK = (
-    "import retort, torch; from retort.ops import native; from retort.ops.linear import *;"
+    "import retort, torch; from retort.ops import native;"
+    "from retort.ops.linear import packed_linear; from retort.ops.panels import pack;"
     "w, x = torch.randn(70, 9), torch.randn(3, 9); y = packed_linear(x, pack(w));"
     "assert torch.allclose(y, x @ w.T, atol=1e-5);"
     "print(retort.__file__, native.available() and native.library()._name)"

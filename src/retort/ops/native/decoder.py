@@ -17,10 +17,10 @@ from torch import Tensor
 
 from retort.errors import ConfigurationError
 from retort.ops import native
-from retort.ops.linear import PackedWeight, gated
 from retort.ops.native import abi
 from retort.ops.native.attention import RaggedLayout, RowBuffers
 from retort.ops.native.elementwise import Norm, check_angles
+from retort.ops.panels import PackedWeight, gated
 
 
 @dataclass(frozen=True, eq=False)
