@@ -16,9 +16,9 @@ from torch import nn
 
 from retort.errors import RetortError
 from retort.models.dense import RMSNorm
-from retort.ops.linear import PackedWeight
 from retort.ops.native.elementwise import Norm
 from retort.ops.packing import PackedLinear
+from retort.ops.panels import PackedWeight
 
 Call = TypeVar("Call")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from retort.errors import ConfigurationError
-from retort.ops.linear import pack
 from retort.ops.native.elementwise import Norm
 from retort.ops.native.mamba import MambaMemory, NativeMamba, NativeMambaLayer
 from retort.ops.native.scan import ScanRows
+from retort.ops.panels import pack
 
 HIDDEN, D, N, K, RANK, LAYERS, PAGE = 21, 150, 5, 4, 3, 3, 8
 COUNTS = (1, 9, 4)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from retort.errors import ConfigurationError
-from retort.ops.linear import pack
 from retort.ops.native.elementwise import Norm
 from retort.ops.native.retention import RetentionRows, RetentionTables
 from retort.ops.native.retnet import NativeRetNet, NativeRetNetLayer, RetNetMemory
+from retort.ops.panels import pack
 from retort.ops.retention import BlockDecay, log_decay, position_tables
 
 HIDDEN, HEADS, DK, DV, LENGTH, LAYERS = 37, 3, 6, 21, 4, 3

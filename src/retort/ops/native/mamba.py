@@ -18,11 +18,11 @@ from torch import Tensor
 
 from retort.errors import ConfigurationError
 from retort.ops import native
-from retort.ops.linear import PackedWeight
 from retort.ops.native import abi
 from retort.ops.native.checks import int64s, require
 from retort.ops.native.elementwise import Norm
 from retort.ops.native.scan import ScanRows
+from retort.ops.panels import PackedWeight
 
 
 @dataclass(frozen=True, eq=False)

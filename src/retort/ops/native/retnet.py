@@ -19,11 +19,11 @@ from torch import Tensor
 
 from retort.errors import ConfigurationError
 from retort.ops import native
-from retort.ops.linear import PackedWeight, gated
 from retort.ops.native import abi
 from retort.ops.native.checks import int64s, require, require_tokens
 from retort.ops.native.elementwise import Norm
 from retort.ops.native.retention import RetentionRows, RetentionTables
+from retort.ops.panels import PackedWeight, gated
 
 
 @dataclass(frozen=True, eq=False)
