@@ -174,21 +174,21 @@ def _record(place, cell, options, sigmas, accepted) -> dict:
 
 
 def main() -> int:
-    """Run every cell and write the result; exit code 1 where one is not sound."""
-    records = []
-    for run, cells in ((function_cell, FUNCTION_CELLS), (engine_cell, ENGINE_CELLS)):
-        for cell, options in itertools.product(cells, SHAPES):
-            records.append(run(cell, options))
-            print(f"\r{len(records)}", end="", file=sys.stderr)
-    failed = [r for r in records if not r["sound"]]
-    result = {
+    """Run every cell, write the result after each; exit code 1 where one is not sound."""
+    runs = [(function_cell, FUNCTION_CELLS), (engine_cell, ENGINE_CELLS)]
+    cells = [(run, *c) for run, places in runs for c in itertools.product(places, SHAPES)]
+    head = {
         "provenance": Provenance.collect(seeds={"table": 4, "samples": 1}).to_dict(),
         "draws": {"function": DRAWS, "engine": ENGINE_DRAWS},
         "limit_sigmas": SIGMAS,
-        "failed": failed,
-        "records": records,
+        "cells": len(cells),
     }
-    write_json(RESULT, result)
+    records: list[dict] = []
+    for run, cell, options in cells:
+        records.append(run(cell, options))
+        failed = [r for r in records if not r["sound"]]
+        write_json(RESULT, {**head, "run": len(records), "failed": failed, "records": records})
+        print(f"\r{len(records)} of {len(cells)}", end="", file=sys.stderr)
     print(f"\n{len(records)} cells, {len(failed)} failed: {RESULT}")
     return 1 if failed else 0
 
