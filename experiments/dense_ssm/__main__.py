@@ -26,13 +26,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with lm_*.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--family", choices=cells.FAMILIES, help="only these models")
     parser.add_argument("--list", action="store_true", help="only write the table")
     given = parser.parse_args()
     torch.set_num_threads(1)  # several processes may share the machine; results depend on it
     table.write(given.results)
     if given.list:
         return
-    for cell in cells.plan(lambda *where: table.best_rate(given.results, *where)):
+    families = (given.family,) if given.family else cells.FAMILIES
+    for cell in cells.plan(lambda *at: table.best_rate(given.results, *at), families=families):
         if (given.results / f"{cell.name}.json").is_file():
             continue
         began = time.monotonic()
