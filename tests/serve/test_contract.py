@@ -254,6 +254,7 @@ def test_everything_at_once_still_speculates(served, temperature):
     options = {"logprobs": 2, "presence_penalty": -1.5, "seed": 3, "stop": ["never there"]}
     options |= {"prompt": "the cat sat on the mat. the cat sat on the mat. the cat"}
     options |= {"max_tokens": 80, "temperature": temperature, "ignore_eos": True}
+    options |= {"logit_bias": {str(i): 9 for i in range(60, 64)}}  # few tokens: texts repeat
     answer, plain = served.complete(**options), served.complete(**options, speculation="off")
     details = answer["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] > 0
