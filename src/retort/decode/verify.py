@@ -41,10 +41,12 @@ def verify(
     best = (torch.argmax(logits, -1) if logits.is_floating_point() else logits).tolist()
     rows = _line_up(requests, drafts)
     while standing := [row for row in rows if row.stands]:
-        shaped = [row for row in standing if not row.place.plain]
+        shaped = []
         for row in standing:
-            if row not in shaped:
+            if row.place.plain:
                 row.take(best[row.at])
+            else:
+                shaped.append(row)
         _weigh(shaped, logits, rule)
     for row in rows:
         row.record_logprobs(logits)

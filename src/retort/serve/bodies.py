@@ -24,13 +24,11 @@ async def read_body(request: Request, most: int = MAX_BODY, seconds: float = SEC
     if kind != "application/json":
         raise bad("the content type must be application/json")
     length = request.headers.get("content-length", "0")
-    declared = int(length) if length.isdecimal() else 0
+    if length.isdecimal() and int(length) > most:
+        raise _too_large(most)
     try:
         async with asyncio.timeout(seconds):
-            body = b"" if declared > most else await _gather(request, most)
-        if max(declared, len(body)) > most:
-            raise ApiError(413, f"the body is larger than {most} bytes")
-        return body
+            return await _gather(request, most)
     except TimeoutError:
         raise ApiError(408, "the body did not arrive in time", retry=False) from None
     except ClientDisconnect:
@@ -38,10 +36,13 @@ async def read_body(request: Request, most: int = MAX_BODY, seconds: float = SEC
 
 
 async def _gather(request: Request, most: int) -> bytes:
-    """The body, or its beginning where it is larger than ``most``."""
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > most:
-            break
+            raise _too_large(most)
     return bytes(body)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes")
