@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import retort
 
 FAMILIES = ("retnet", "mamba")
-GRID = (3e-3, 1e-2, 3e-2)
+GRID = {"retnet": (3e-3, 1e-2, 3e-2, 1e-1), "mamba": (3e-3, 1e-2, 3e-2)}
 CORPORA = ("wikitext2", "tinyshakespeare")
 VOCABULARY, BLOCK, BATCH = 2048, 256, 8
 STEPS = {"wikitext2": 400, "tinyshakespeare": 200, "mqar": 1000}
@@ -154,7 +154,7 @@ def plan(
 
 def grid(corpus: str, family: str) -> Iterator[Cell]:
     """The same learning rates for every variant, one seed, shorter."""
-    for rate in GRID:
+    for rate in GRID[family]:
         for variant in MAIN[family]:
             yield Cell(corpus, family, variant, rate, 0, grid=True)
 
