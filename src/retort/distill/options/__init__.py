@@ -1,0 +1,1 @@
+"""The fields of `DistillConfig` by subject, and what contradicts what."""
