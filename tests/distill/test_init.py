@@ -5,6 +5,7 @@ import torch
 
 from retort.distill import builders, init
 from retort.distill.config import DistillConfig
+from retort.distill.influence import layer_influence, most_influential
 from retort.errors import ConfigurationError
 from tests.decode.toys import toy
 from tests.distill.toys import llama
@@ -62,6 +63,36 @@ def test_a_cut_keeps_dtype_and_tied_weights():
 def test_a_cut_needs_enough_layers(count):
     with pytest.raises(ConfigurationError, match="2 layers"):
         init.cut_layers(llama(), count)
+
+
+def test_layers_may_be_named_and_wrong_ones_are_refused(tmp_path, tiny_llama):
+    model = llama(layers=4)
+    kept = init.keep_layers(model, [0, 1, 3])
+    for ours, index in zip(kept.model.layers, (0, 1, 3), strict=True):
+        for mine, theirs in zip(
+            ours.parameters(), model.model.layers[index].parameters(), strict=True
+        ):
+            assert torch.equal(mine, theirs)
+    values = {"model_name_or_path": str(tiny_llama), "student_layer_indices": [1]}
+    assert build(tmp_path, **values).config.num_hidden_layers == 1
+    for wrong in ([], [1, 0], [0, 0], [0, 4], [-1, 2]):
+        with pytest.raises(ConfigurationError, match="student_layer_indices"):
+            init.keep_layers(model, wrong)
+    with pytest.raises(ConfigurationError, match="leave one of them out"):
+        build(tmp_path, **values, student_num_hidden_layers=1)
+
+
+def test_influence_finds_the_layer_that_does_nothing():
+    model = llama(layers=4)
+    idle = model.model.layers[2]
+    for weight in (idle.self_attn.o_proj.weight, idle.mlp.down_proj.weight):
+        torch.nn.init.zeros_(weight)
+    found = layer_influence(model, [[5, 6, 7], [8, 9]])
+    assert found[2] == pytest.approx(0, abs=1e-6) and min(found[:2] + found[3:]) > 1e-4
+    assert most_influential(found, 3) == [0, 1, 3]
+    states = model(torch.tensor([[8, 9]]), output_hidden_states=True).hidden_states
+    by_hand = 1 - torch.cosine_similarity(states[1], states[2], dim=-1).mean()
+    assert layer_influence(model, [[8, 9]])[1] == pytest.approx(by_hand.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])

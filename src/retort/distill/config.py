@@ -125,6 +125,7 @@ FIXED = (
     "model_name_or_path",
     "student_type",
     "student_num_hidden_layers",
+    "student_layer_indices",
     "use_peft",
     "teacher_model_name_or_path",
     "dataset_name",

@@ -17,8 +17,8 @@ def build_student(config: DistillConfig, teacher: Any = None) -> Any:
     """The student that the configuration describes.
 
     `student_type` builds one around ``teacher``; otherwise `model_name_or_path` is loaded, and
-    cut to `student_num_hidden_layers` where that is given. With `use_peft` it gets an
-    adapter. Raises ConfigurationError when neither is named, or both.
+    cut to `student_num_hidden_layers` or `student_layer_indices` where one is given. With
+    `use_peft` it gets an adapter. Raises ConfigurationError when neither is named, or both.
     """
     if config.student_type is not None:
         model = _built(config, teacher)
@@ -32,17 +32,29 @@ def build_student(config: DistillConfig, teacher: Any = None) -> Any:
 def cut_layers(model: Any, count: int) -> Any:
     """A copy of ``model`` with ``count`` of its decoder layers, evenly spaced, ends included.
 
-    Embedding, final norm and head are copied; weights that were tied stay tied. Raises
-    ConfigurationError when it has fewer layers, or keeps them in no list of that length.
+    Raises ConfigurationError when it has fewer layers; see `keep_layers`.
     """
-    config = model.config.get_text_config()
-    total = config.num_hidden_layers
+    total = model.config.get_text_config().num_hidden_layers
     if not 1 <= count <= total:
         raise ConfigurationError(
             f"student_num_hidden_layers={count}: the model has {total} layers to choose from"
         )
+    return keep_layers(model, evenly_spaced(total, count))
+
+
+def keep_layers(model: Any, kept: list[int]) -> Any:
+    """A copy of ``model`` with the decoder layers ``kept``, counted from 0, in their order.
+
+    Embedding, final norm and head are copied; weights that were tied stay tied. Raises
+    ConfigurationError for layers that it lacks or that are named twice or out of order, and when
+    it keeps its layers in no list of that length.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < total:
+        raise ConfigurationError(
+            f"student_layer_indices={kept}: use rising numbers from 0 to {total - 1}"
+        )
     prefix = _layer_list(model, total)
-    kept = evenly_spaced(total, count)
     student = type(model)(_shortened(model.config, kept))
     student.load_state_dict(_renumbered(model.state_dict(), prefix, kept))
     student.tie_weights()
@@ -82,6 +94,8 @@ def _loaded(config: DistillConfig) -> Any:
     keywords = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
     remote = config.trust_remote_code
     model = zoo.load_model(config.model_name_or_path, trust_remote_code=remote, **keywords)
+    if config.student_layer_indices is not None:
+        return keep_layers(model, config.student_layer_indices)
     layers = config.student_num_hidden_layers
     return model if layers is None else cut_layers(model, layers)
 

@@ -30,6 +30,9 @@ class ModelOptions:
     student_num_hidden_layers: int | None = say(
         None, "Layers of the student: that many are cut out of model_name_or_path, or are built."
     )
+    student_layer_indices: list[int] | None = say(
+        None, "Or the very layers that are cut out, counted from 0 (see `layer_influence`)."
+    )
     student_config: dict[str, Any] | str | None = say(
         None, "More configuration values of a student that is built, as JSON."
     )
