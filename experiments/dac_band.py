@@ -2,34 +2,36 @@
 
     python experiments/dac_band.py TRAIN.jsonl VALID.jsonl --steps 80 --output dac_band.json
 
-A student of half the teacher's layers is trained by DAC-KL on TRAIN. On VALID's completions the
-trained band is then asked token by token: the share of the top-K's mass that it keeps, its width,
-and how the width goes with the teacher's entropy (rank and linear correlation, and means by fifths
-of the entropy). Rows hold `prompt` and `completion` or `reference`.
+A student of the teacher's most influential layers, half of them, is trained by SFT and DAC-KL on
+TRAIN. On VALID's completions the trained band is then asked token by token: the share of the
+top-K's mass that it keeps, its width, and how the width goes with the teacher's entropy (rank and
+linear correlation, and means by fifths of the entropy). Rows hold `prompt` and `completion` or
+`reference`.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
+from small_run import configuration, first_rows, parser, write
 from torch import Tensor
 
 from retort.distill.batch import TrainingSequence, build_batch, stream_mask
 from retort.distill.config import DistillConfig
-from retort.distill.data import load_rows
+from retort.distill.data import Encoding, end_tokens, tokenize
+from retort.distill.influence import layer_influence, most_influential
+from retort.distill.init import keep_layers
 from retort.distill.losses.dac import band_share, coverage, target_slots
 from retort.distill.losses.rows import TokenRows
 from retort.distill.signals import DenseSignal
 from retort.distill.trainer import DistillTrainer
 from retort.models import zoo
-from retort.provenance import Provenance, write_json
 
 FIFTHS = 5
-TRAIN_ROWS = 2000
+MAX_LENGTH = 192
+INFLUENCE_ROWS = 24
 
 
 def main() -> None:
@@ -37,19 +39,30 @@ def main() -> None:
     given = _arguments()
     with tempfile.TemporaryDirectory() as folder:
         run = DistillTrainer(
+            model=_student(given),
             args=_config(given, folder),
-            train_dataset=load_rows(str(given.train)).select(range(TRAIN_ROWS)),
-            eval_dataset=load_rows(str(given.valid)).select(range(given.valid_rows)),
+            train_dataset=first_rows(given.train, given.train_rows),
+            eval_dataset=first_rows(given.valid, given.valid_rows),
             processing_class=zoo.load_tokenizer(given.teacher),
         )
         tokens = {"untrained": held_out(run)}
         run.train()
         tokens["trained"] = held_out(run)
-    settings = {k: Path(v).name if isinstance(v, Path) else v for k, v in vars(given).items()}
-    record = Provenance.collect(settings, {"seed": given.seed}).to_dict()
     found: dict[str, Any] = {name: summary(values, run) for name, values in tokens.items()}
     found["dual"] = [r["dac/dual"] for r in run.state.log_history if "dac/dual" in r]
-    write_json(given.output, {**found, "provenance": {**record, "command": []}})
+    write(given, found)
+
+
+def _config(given: Any, folder: str) -> DistillConfig:
+    changes = {"divergence": "dac", "sft_weight": 1.0, "freeze_embeddings": True}
+    return configuration(
+        given,
+        folder,
+        **changes,
+        teacher_model_name_or_path=given.teacher,
+        max_length=MAX_LENGTH,
+        logging_steps=5,
+    )
 
 
 @torch.no_grad()
@@ -75,7 +88,9 @@ def _tokens(bands: Any, rows: TokenRows) -> dict[str, Tensor]:
     lower, upper = bands.network(slots.teacher[:, :-1], slots.student[:, :-1])
     keep = band_share(slots, lower, upper, settings.tau)
     entropy = -(rows.teacher.exp() * rows.teacher).sum(1)
-    return {"coverage": coverage(slots, keep), "width": upper - lower, "entropy": entropy}
+    alpha = torch.minimum(rows.teacher.exp(), rows.student.exp()).sum(1)
+    found = {"coverage": coverage(slots, keep), "width": upper - lower}
+    return {**found, "entropy": entropy, "acceptance": alpha}
 
 
 def summary(tokens: dict[str, Tensor], run: Any) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def summary(tokens: dict[str, Tensor], run: Any) -> dict[str, Any]:
     return {
         "tokens": len(width),
         "coverage": float(covered.mean()),
+        "acceptance": float(tokens["acceptance"].mean()),
         "below_min_coverage": float((covered < least).double().mean()),
         "width": float(width.mean()),
         "width_sd": float(width.std()),
@@ -118,42 +134,18 @@ def ranks(values: Tensor) -> Tensor:
     return (ends - (counts - 1) / 2)[inverse]
 
 
-def _config(given: Any, folder: str) -> DistillConfig:
-    return DistillConfig(
-        output_dir=folder,
-        method="kd",
-        divergence="dac",
-        model_name_or_path=given.teacher,
-        student_num_hidden_layers=given.layers,
-        teacher_model_name_or_path=given.teacher,
-        max_steps=given.steps,
-        per_device_train_batch_size=4,
-        learning_rate=given.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        max_length=192,
-        as_chat=True,
-        skip_long_prompts=True,
-        logging_steps=5,
-        save_strategy="no",
-        seed=given.seed,
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+def _student(given: Any) -> Any:
+    """The teacher's most influential layers, found on the first training rows that fit."""
+    teacher, tokenizer = zoo.load_model(given.teacher), zoo.load_tokenizer(given.teacher)
+    how = Encoding(tokenizer, end_tokens(tokenizer, teacher), MAX_LENGTH, True, True, True)
+    rows = tokenize(first_rows(given.train, 3 * INFLUENCE_ROWS), how)
+    texts = [r["prompt_ids"] + r["completion_ids"] for r in rows][:INFLUENCE_ROWS]
+    return keep_layers(teacher, most_influential(layer_influence(teacher, texts), given.layers))
 
 
 def _arguments() -> Any:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("train", type=Path)
-    parser.add_argument("valid", type=Path)
-    parser.add_argument("--teacher", default="smollm2-135m-instruct")
-    parser.add_argument("--layers", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--valid-rows", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("dac_band.json"))
-    return parser.parse_args()
+    defaults = {"layers": 15, "steps": 80, "train_rows": 2000, "valid_rows": 40}
+    return parser(__doc__, "dac_band.json", **defaults, learning_rate=5e-4).parse_args()
 
 
 if __name__ == "__main__":
