@@ -23,6 +23,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from retort.cache.mamba_pass import MambaPassPlan, Places
 from retort.cache.recurrent import RecurrentRowCache, TapeKind, check_tape
 from retort.cache.rows import PackedRows, Spare
 from retort.cache.tape import Pages, Tape, grown
@@ -43,53 +44,6 @@ class MambaShape:
     channels: int
     states: int
     kernel: int
-
-
-class _Places:
-    """Tokens of the packed axis, ascending, and where in the storage each one goes."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.tokens: list[int] = []
-        self.places: list[tuple[int, ...]] = []
-        self._width, self._device = width, device
-        self._within: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
-
-    def add(self, token: int, *place: int) -> None:
-        """One more token; ``place`` has ``width`` numbers."""
-        self.tokens.append(token)
-        self.places.append(place)
-
-    def within(self, piece: Piece | Span) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The tokens of a piece, numbered from 0, and their places; the same for all layers."""
-        if piece.begin not in self._within:
-            part = slice(bisect_left(self.tokens, piece.begin), bisect_left(self.tokens, piece.end))
-            tokens = torch.tensor(self.tokens[part], dtype=torch.long, device=self._device)
-            places = torch.tensor(self.places[part], dtype=torch.long, device=self._device)
-            places = places.view(len(tokens), self._width)
-            self._within[piece.begin] = (tokens - piece.begin, places.unbind(1))
-        return self._within[piece.begin]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What the layers of one pass share; tokens are numbered along the packed axis.
-
-    Attributes:
-        anchors: of each row when the pass has ended, length → slot.
-        fresh: slots that this pass fills.
-        resumed: rows of the layout that have a state, and its slot; ascending.
-        history: pages and offsets of the K−1 inputs before each row ``[R, K−1]``, and which
-            exist, None where all do.
-        kept: tokens whose states are kept, and their slots.
-        taped: tokens for the tape, and their pages and offsets.
-    """
-
-    anchors: dict[int, dict[int, int]]
-    fresh: list[int]
-    resumed: tuple[list[int], Tensor]
-    history: tuple[Tensor, Tensor, Tensor | None]
-    kept: _Places
-    taped: _Places
 
 
 class MambaRowCache(RecurrentRowCache):
@@ -125,7 +79,7 @@ class MambaRowCache(RecurrentRowCache):
         self._a: list[Tensor | None] = [None] * shape.layers
         self._anchors: dict[int, dict[int, int]] = {}
         self._free: list[int] = []
-        self._pass: _Pass | None = None
+        self._pass: MambaPassPlan | None = None
         self._scanned_natively = False
 
     @torch.inference_mode(False)
@@ -234,9 +188,9 @@ class MambaRowCache(RecurrentRowCache):
     def _first_taped(self, anchors: dict[int, int]) -> int:
         return max(0, min(anchors) - self.shape.kernel + 1)
 
-    def _planned(self, layout: PackedRows) -> _Pass:
+    def _planned(self, layout: PackedRows) -> MambaPassPlan:
         anchors: dict[int, dict[int, int]] = {}
-        kept, taped = _Places(1, self.device), _Places(2, self.device)
+        kept, taped = Places(1, self.device), Places(2, self.device)
         parts = zip(layout.rows, layout.starts, layout.counts, layout.offsets[:-1], strict=True)
         for row, start, count, offset in parts:
             anchors[row] = self._next_anchors(row, start, start + count)
@@ -248,7 +202,7 @@ class MambaRowCache(RecurrentRowCache):
         starts = zip(layout.rows, layout.starts, strict=True)
         heads = [self._anchors[row][start] for row, start in starts]
         resumed = [i for i, slot in enumerate(heads) if slot != EMPTY]
-        return _Pass(
+        return MambaPassPlan(
             anchors=anchors,
             fresh=[place[0] for place in kept.places],
             resumed=(resumed, self._index([heads[i] for i in resumed])),
@@ -366,7 +320,7 @@ class MambaRowCache(RecurrentRowCache):
         self.tape.values[layer].index_put_(where, x[tokens].to(self.dtype))
 
     @property
-    def _running(self) -> _Pass:
+    def _running(self) -> MambaPassPlan:
         if self._pass is None:
             raise RuntimeError("layers read and write the cache between begin() and end() only")
         return self._pass

@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from retort.cache.recurrent import RecurrentRowCache, TapeKind, check_tape
+from retort.cache.retention_waves import Waves, placed
 from retort.cache.rows import PackedRows, Spare
 from retort.cache.tape import Pages, Tape, grown
 from retort.cache.waves import WavePlan
@@ -31,7 +31,7 @@ from retort.ops.native.retention import (
     ragged_retention,
 )
 from retort.ops.native.retnet import RetNetMemory
-from retort.ops.retention import BlockDecay, block_fold, block_output, log_decay
+from retort.ops.retention import BlockDecay, block_fold, log_decay
 
 
 @dataclass(frozen=True)
@@ -52,40 +52,8 @@ class _Pass:
     anchors: dict[int, int]  # of each row when the pass ends
     written: tuple[Tensor, Tensor, Tensor]  # tokens for the tape, their pages and offsets
     moved: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # layer, rows, states
-    waves: _Waves | None = None
+    waves: Waves | None = None
     native: RetentionRows | None = None
-
-
-@dataclass(frozen=True)
-class _Waves:
-    """A pass for the PyTorch twin.
-
-    Queries lie in M slots of their segment, by position modulo M: M is 8 where no segment has
-    more tokens (decoding and drafts) and L elsewhere, so that decoding multiplies few rows and
-    a token's place in the product still depends on its position alone. Masks are
-    ``[n, 1, 1, 1]`` over the rows of wave 0, None where everything is valid.
-    """
-
-    plan: WavePlan
-    slots: int  # M
-    query_place: tuple[Tensor, Tensor]  # segment and slot of each token
-    decay: tuple[Tensor, Tensor]  # of reading the state and the window, per segment
-    before: tuple[Tensor, Tensor | None]  # pages of the blocks before wave 0, and which exist
-    current: tuple[Tensor, Tensor | None]  # pages of wave 0
-    has_state: Tensor | None
-
-
-class _Front(NamedTuple):
-    """Where a wave stands: the state at (b−1)·L and the block before, of each row."""
-
-    state: Tensor
-    keys: Tensor
-    values: Tensor
-
-    def after(self, k: Tensor, v: Tensor, carry: Tensor | None, decay: BlockDecay) -> _Front:
-        """The front one block on, of the rows at ``carry``; k and v are those of block b."""
-        state, keys, values, k, v = (_take(x, carry) for x in (*self, k, v))
-        return _Front(block_fold(state, keys, values, decay), k, v)
 
 
 class RetentionRowCache(RecurrentRowCache):
@@ -253,7 +221,7 @@ class RetentionRowCache(RecurrentRowCache):
     def _blocks_of(self, first: int, end: int) -> range:
         return range(first // self.block, (end - 1) // self.block + 1)
 
-    def _waves(self, run: _Pass) -> _Waves:
+    def _waves(self, run: _Pass) -> Waves:
         if run.waves is not None:
             return run.waves
         layout = run.layout
@@ -264,7 +232,7 @@ class RetentionRowCache(RecurrentRowCache):
         query_place = (segment, offset % slots)
         offsets = offset.new_zeros(plan.segments, slots).index_put(query_place, offset)
         young = [span.first < 2 for span in plan.spans]
-        run.waves = _Waves(
+        run.waves = Waves(
             plan=plan,
             slots=slots,
             query_place=query_place,
@@ -302,10 +270,10 @@ class RetentionRowCache(RecurrentRowCache):
         if self.on_core and not _tracked(q, k, v):
             y = self._on_core(layer, run, (q.contiguous(), k.contiguous(), v.contiguous()))
         else:
-            y = self._in_waves(layer, run, q, k, v)
+            y = self._in_waves(layer, run, (q, k, v))
         tokens, pages, offsets = run.written
         for tape, x in ((self.tape.keys[layer], k), (self.tape.values[layer], v)):
-            _placed(tape, (pages, offsets), x.detach()[tokens])
+            placed(tape, (pages, offsets), x.detach()[tokens])
         return y
 
     # The native core
@@ -367,62 +335,12 @@ class RetentionRowCache(RecurrentRowCache):
 
     # Its PyTorch twin
 
-    def _in_waves(self, layer: int, run: _Pass, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        waves = self._waves(run)
-        queries = _placed(
-            q.new_zeros(waves.plan.segments, q.shape[1], waves.slots, q.shape[2]),
-            waves.query_place,
-            q,
-        )
-        state = _only(self.states[layer, waves.plan.rows], waves.has_state)
-        if torch.is_grad_enabled():
-            state = state.clone()  # the graph keeps it, a later pass moves it
+    def _in_waves(self, layer: int, run: _Pass, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         tapes = (self.tape.keys[layer], self.tape.values[layer])
-        front = _Front(state, *(_only(tape[waves.before[0]], waves.before[1]) for tape in tapes))
-        blocks = [_blocks(waves, tape, x) for tape, x in zip(tapes, (k, v), strict=True)]
-        y = self._run_waves(layer, run, (queries, *blocks), front)
-        return y.transpose(1, 2)[waves.query_place]
-
-    def _run_waves(
-        self, layer: int, run: _Pass, blocks: tuple[Tensor, ...], front: _Front
-    ) -> Tensor:
-        """Outputs of all segments ``[segments, H, M, d_v]``, wave after wave."""
-        outputs: list[Tensor] = []
-        q, k, v = blocks
-        waves = self._waves(run)
-        for wave in waves.plan.waves:
-            if outputs:
-                front = front.after(k, v, wave.carry, self.decay)
-            q, k, v, read, pair = (x[wave.segments] for x in (*blocks, *waves.decay))
-            before = (front.keys, front.values)
-            outputs.append(block_output(q, front.state, before, (k, v), (read, pair)))
-            if len(wave.kept):
-                run.moved.append((layer, wave.kept_rows, front.state.detach()[wave.kept]))
-        return torch.cat(outputs)
-
-
-def _blocks(waves: _Waves, tape: Tensor, x: Tensor) -> Tensor:
-    """Tokens ``[total, H, d]`` in their blocks ``[segments, H, L, d]``, after older ones."""
-    blocks = _only(tape[waves.current[0]], waves.current[1])
-    if later := waves.plan.segments - len(blocks):
-        blocks = torch.cat([blocks, blocks.new_zeros(later, *blocks.shape[1:])])
-    return _placed(blocks, waves.plan.place, x)
-
-
-def _placed(blocks: Tensor, place: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
-    """Write ``x`` ``[n, H, d]`` into ``blocks`` ``[b, H, L, d]`` at (block, offset) places."""
-    blocks.transpose(1, 2)[place] = x
-    return blocks
-
-
-def _only(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``x`` where valid and 0 elsewhere, whatever lies there (NaN · 0 is NaN)."""
-    return x if mask is None else torch.where(mask, x, 0)
+        y, moved = self._waves(run).run(qkv, self.states[layer], tapes, self.decay)
+        run.moved += [(layer, rows, states) for rows, states in moved]
+        return y
 
 
 def _tracked(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _take(x: Tensor, places: Tensor | None) -> Tensor:
-    return x if places is None else x[places]

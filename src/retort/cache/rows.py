@@ -259,7 +259,7 @@ class RowCache(ABC):
 
     def _copy_in(self, row: int, state: Any) -> None:
         """Give the empty ``row`` what `_copy_out` gave, or pieces."""
-        raise NotImplementedError
+        raise RetortError(f"{type(self).__name__} copies no rows, but row {row} was to be filled")
 
     def _copy_piece(self, row: int, start: int, stop: int) -> Any:
         return self._copy_out(row)

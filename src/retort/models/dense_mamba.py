@@ -17,207 +17,28 @@ row after row (`retort.ops.segments`). Shapes: B rows, T tokens, D channels, N s
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.mamba.configuration_mamba import MambaConfig
 from transformers.utils import can_return_tuple
 
 from retort.cache.mamba import MambaRowCache, MambaShape
 from retort.cache.recurrent import Feed
 from retort.errors import ConfigurationError
 from retort.models.carried import CarriedMamba, CarriedPass, MambaState, OneTokenPass
-from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
+from retort.models.dense import FeatureWindow, RMSNorm
+from retort.models.mamba_config import DenseMambaConfig
+from retort.models.mamba_mixer import STARTS_AT_ZERO, DenseMambaBlock, DenseMambaMixer
 from retort.models.mamba_native import SILU, NativePass, native_layers, run_layers, serves
-from retort.models.mamba_passes import (
-    MambaPass,
-    PassConvolution,
-    RescanPass,
-    StatePass,
-    real_sequences,
-)
+from retort.models.mamba_passes import MambaPass, RescanPass, StatePass, real_sequences
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
-from retort.ops.elementwise import core_arithmetic, silu, softplus
+from retort.ops.elementwise import core_arithmetic
 from retort.ops.segments import cut
-from retort.ops.selective_scan import LONGEST, ScanInputs
-
-# A mark on the linear itself: loading a Mamba checkpoint initialises missing leaves only.
-STARTS_AT_ZERO = "_starts_at_zero"
-
-Form = Literal["auto", "chunked", "rescan", "recurrent"]
-
-
-@strict
-class DenseMambaConfig(MambaConfig):
-    """Configuration of DenseMamba: transformers' of Mamba, and the dense connection.
-
-    Attributes:
-        dense_block_layers: the window m; 0 is Mamba.
-        dense_gate: off, earlier states are added without a gate (an ablation); such a model is
-            not Mamba at the start. There is no switch for norms: these dense layers add none.
-        intermediate_select_scale: the gate is hidden_size // this wide inside.
-        scan_form: how passes without a cache compute. "chunked" keeps the states of one piece of
-            the tokens over m+1 layers, "rescan" none, "recurrent" goes token by token; "auto"
-            is "rescan" where gradients are wanted and "chunked" elsewhere.
-        chunk_size: tokens in a piece.
-    """
-
-    model_type = "dense_mamba"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-
-    dense_block_layers: int = 2
-    dense_gate: bool = True
-    intermediate_select_scale: int = 8
-    scan_form: str = "auto"
-    chunk_size: int = 64
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Check every size after transformers has filled in its defaults."""
-        kind = kwargs.pop("model_type", None)  # of a Mamba checkpoint: what is saved is ours
-        if kind not in (None, "mamba", self.model_type):
-            raise ConfigurationError(
-                f"the configuration is that of a {kind!r} model; DenseMamba reads 'mamba' and "
-                f"{self.model_type!r}, whose layers and weights are its own"
-            )
-        super().__post_init__(**kwargs)
-        for fault in self._faults():
-            raise ConfigurationError(fault)
-
-    def _faults(self) -> Iterator[str]:
-        for name in ("hidden_size", "num_hidden_layers", "state_size", "conv_kernel", "expand"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must be at least 1"
-        if self.dense_block_layers < 0:
-            yield f"dense_block_layers={self.dense_block_layers} must be 0 (none) or more"
-        if not 1 <= self.intermediate_select_scale <= self.hidden_size:
-            yield (
-                f"intermediate_select_scale={self.intermediate_select_scale} is not in "
-                f"1..hidden_size={self.hidden_size}"
-            )
-        if self.scan_form not in get_args(Form):
-            yield f"scan_form={self.scan_form!r} is none of {get_args(Form)}"
-        if not 1 <= self.chunk_size <= LONGEST:
-            yield f"chunk_size={self.chunk_size} is not in 1..{LONGEST}"
-
-
-class DenseMambaMixer(nn.Module):
-    """The selective state-space mixer (Mamba, section 3.4) with the dense readout."""
-
-    def __init__(self, config: DenseMambaConfig, layer_idx: int) -> None:
-        super().__init__()
-        hidden, inner, states = config.hidden_size, config.intermediate_size, config.state_size
-        self.config, self.layer_idx = config, layer_idx
-        self.rank = int(config.time_step_rank)
-        self.act = silu if config.hidden_act in SILU else ACT2FN[config.hidden_act]
-        self.conv1d = PassConvolution(
-            inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1,
-            bias=config.use_conv_bias,
-        )  # fmt: skip
-        self.in_proj = nn.Linear(hidden, 2 * inner, bias=config.use_bias)
-        self.x_proj = nn.Linear(inner, self.rank + 2 * states, bias=False)
-        self.dt_proj = nn.Linear(self.rank, inner, bias=True)
-        self.A_log = nn.Parameter(torch.empty(inner, states))
-        self.D = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, hidden, bias=config.use_bias)
-        self.select: HiddenFusion | None = None
-        if layer_idx > 0 and config.dense_block_layers > 0:
-            gate = hidden // config.intermediate_select_scale if config.dense_gate else None
-            self.select = HiddenFusion(hidden, inner, gate)
-            if gate is not None:
-                setattr(self.select.fc2, STARTS_AT_ZERO, True)
-
-    def forward(
-        self, x: Tensor, step: MambaPass, *earlier: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One mixer without its residual.
-
-        Args:
-            x: normed input ``[n, hidden]``.
-            step: the pass.
-            *earlier: features of the layers in the window.
-
-        Returns:
-            Output ``[n, hidden]`` and this layer's features, as the pass wants them.
-        """
-        if not isinstance(self.conv1d, nn.Conv1d):
-            raise ConfigurationError(
-                "conv1d is wrapped (an adapter?), but a pass reads its own weights: leave it out"
-            )
-        u, z = self.in_proj(x).chunk(2, -1)
-        u = self.act(self.conv1d(u, self.layer_idx, step))
-        states = self.A_log.shape[1]
-        dt, b, c = self.x_proj(u).split([self.rank, states, states], -1)
-        wide = partial(torch.Tensor.to, dtype=torch.promote_types(x.dtype, torch.float32))
-        inputs = ScanInputs(
-            a=-wide(self.A_log).exp().t().contiguous(),
-            dt=softplus(wide(self.dt_proj(dt))),
-            b=wide(b),
-            u=wide(u),
-        )
-        fuse = None if self.select is None else partial(self._fused, x)
-        y, features = step.mix(self.layer_idx, inputs, wide(c), fuse, earlier)
-        y = y + wide(self.D) * inputs.u
-        y = silu(z, y) if self.act is silu else y * self.act(z)
-        return self.out_proj(y.to(x.dtype)), features
-
-    def _fused(self, x: Tensor, own: Tensor, earlier: list[Tensor]) -> Tensor:
-        """own + a ⊙ Σ earlier, of states ``[n, N, D]`` or of what C reads of them ``[n, D]``."""
-        assert self.select is not None
-        return self.select(x.unsqueeze(1) if own.ndim == 3 else x, own, earlier)
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Mamba's initial values (its authors')."""
-        config, inner = self.config, len(self.D)
-        init.copy_(self.A_log, torch.arange(1.0, config.state_size + 1).log().expand(inner, -1))
-        init.ones_(self.D)
-        std = self.rank**-0.5 * config.time_step_scale
-        if config.time_step_init_scheme == "constant":
-            init.constant_(self.dt_proj.weight, std)
-        else:
-            init.uniform_(self.dt_proj.weight, -std, std)
-        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        dt = (low + torch.rand(inner) * (high - low)).exp().clamp(min=config.time_step_floor)
-        init.copy_(self.dt_proj.bias, dt + (-torch.expm1(-dt)).log())  # inverse of softplus
-        init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
-        if self.conv1d.bias is not None:
-            init.zeros_(self.conv1d.bias)
-        init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
-        if config.rescale_prenorm_residual:
-            init.copy_(self.out_proj.weight, self.out_proj.weight / config.num_hidden_layers**0.5)
-
-
-class DenseMambaBlock(GradientCheckpointingLayer):
-    """Norm, mixer, residual."""
-
-    def __init__(self, config: DenseMambaConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = DenseMambaMixer(config, layer_idx)
-
-    def forward(
-        self, hidden_states: Tensor, step: MambaPass, *earlier: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Next hidden states ``[n, hidden]``, then this layer's features."""
-        x = self.norm(hidden_states.to(self.norm.weight.dtype))
-        if self.residual_in_fp32:
-            hidden_states = hidden_states.to(
-                torch.promote_types(hidden_states.dtype, torch.float32)
-            )
-        out, features = self.mixer(x, step, *earlier)
-        return hidden_states + out, *features
 
 
 class DenseMambaPreTrainedModel(RecurrentModel, PreTrainedModel):

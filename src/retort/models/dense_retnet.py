@@ -7,18 +7,13 @@ arXiv 2307.08621), optionally followed by a gated MLP for students cut from a tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -28,14 +23,15 @@ from retort.cache.recurrent import Feed
 from retort.cache.retention import RetentionRowCache, RetentionShape
 from retort.errors import ConfigurationError
 from retort.models.carried import CarriedRetention, RetentionState
-from retort.models.dense import FeatureWindow, HiddenFusion, RMSNorm
+from retort.models.dense import FeatureWindow, RMSNorm
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
+from retort.models.retnet_config import DenseRetNetConfig
+from retort.models.retnet_layer import DenseRetNetLayer, RetentionPass
 from retort.models.retnet_native import native_layers, run_layers
 from retort.ops.clock import Clock
-from retort.ops.elementwise import core_arithmetic, silu
+from retort.ops.elementwise import core_arithmetic
 from retort.ops.native.activation import rotate_pairs
 from retort.ops.retention import (
-    Form,
     log_decay,
     normaliser,
     position_tables,
@@ -43,208 +39,6 @@ from retort.ops.retention import (
     rotary_phase,
     rotate,
 )
-
-
-@strict
-class DenseRetNetConfig(PreTrainedConfig):
-    """Configuration of DenseRetNet; the defaults are the authors' 350M model.
-
-    Attributes:
-        query_key_dim: width of queries and keys over all heads; half of hidden_size if None.
-        v_factor: values are hidden_size · v_factor wide.
-        dense_block_layers: the window m; 0 is RetNet.
-        intermediate_k_select_scale: the gate of k is hidden_size // this wide inside.
-        intermediate_v_select_scale: the same for v.
-        dense_gate: off, earlier keys and values are added without a gate (an ablation).
-        dense_norms: at m = 0, still norm k and v from layer 1 on, as dense layers do (the
-            control of every experiment).
-        mlp_intermediate_size: when above 0, a gated SiLU MLP with its own norm follows each
-            retention block.
-        retention_form: how passes without a cache compute; "clamped" is the authors' parallel
-            mode, for comparison only.
-        chunk_size: tokens in a chunk of the chunkwise form.
-        initializer_range: standard deviation of initial weights.
-    """
-
-    model_type = "dense_retnet"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-
-    vocab_size: int = 32001
-    hidden_size: int = 1536
-    query_key_dim: int | None = None
-    num_attention_heads: int = 2
-    num_hidden_layers: int = 16
-    v_factor: int = 2
-    dense_block_layers: int = 2
-    intermediate_k_select_scale: int = 8
-    intermediate_v_select_scale: int = 32
-    dense_gate: bool = True
-    dense_norms: bool = False
-    mlp_intermediate_size: int = 0
-    rms_norm_eps: float = 1e-6
-    dropout: float = 0.0
-    initializer_range: float = 0.02
-    retention_form: Form = "chunkwise"
-    chunk_size: int = 64
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in the default width of keys and check every size."""
-        if self.query_key_dim is None:
-            self.query_key_dim = self.hidden_size // 2
-        super().__post_init__(**kwargs)
-        for fault in self._faults():
-            raise ConfigurationError(fault)
-
-    @property
-    def value_dim(self) -> int:
-        """Width of the values over all heads."""
-        return self.hidden_size * self.v_factor
-
-    @property
-    def key_dim(self) -> int:
-        """Width of queries and keys over all heads."""
-        return self.query_key_dim or 0
-
-    def _faults(self) -> Iterator[str]:
-        heads, keys, values = self.num_attention_heads, self.key_dim, self.value_dim
-        for name in ("num_attention_heads", "num_hidden_layers", "chunk_size"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must be at least 1"
-        for name in ("dense_block_layers", "mlp_intermediate_size"):
-            if getattr(self, name) < 0:
-                yield f"{name}={getattr(self, name)} must be 0 (none) or more"
-        if keys % heads or values % heads:
-            yield (
-                f"num_attention_heads={heads} does not divide query_key_dim={keys} and "
-                f"hidden_size * v_factor={values}"
-            )
-        if keys < heads or keys // heads % 2:
-            yield f"query_key_dim / num_attention_heads = {keys // heads} must be even (rotary)"
-        for name in ("intermediate_k_select_scale", "intermediate_v_select_scale"):
-            if not 1 <= getattr(self, name) <= self.hidden_size:
-                yield f"{name}={getattr(self, name)} is not in 1..hidden_size={self.hidden_size}"
-        if self.retention_form not in get_args(Form):
-            yield f"retention_form={self.retention_form!r} is none of {get_args(Form)}"
-
-
-@dataclass(frozen=True)
-class RetentionPass:
-    """What all layers of one forward pass share.
-
-    Attributes:
-        rotate: turns ``[B, T, H, d_k]`` by the tokens' positions.
-        root: √S_n ``[B, T, H, 1]``.
-        mix: (layer, q, k, v) → Y, each ``[B, T, H, d]``.
-    """
-
-    rotate: Callable[[Tensor], Tensor]
-    root: Tensor
-    mix: Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class DenseRetention(nn.Module):
-    """Gated retention with fused keys and values (DenseSSM, section 3.2)."""
-
-    def __init__(self, config: DenseRetNetConfig, layer_idx: int) -> None:
-        super().__init__()
-        hidden, keys, values = config.hidden_size, config.key_dim, config.value_dim
-        self.layer_idx, self.heads = layer_idx, config.num_attention_heads
-        self.scale = (keys // self.heads) ** -0.5
-        self.q_proj = nn.Linear(hidden, keys, bias=False)
-        self.k_proj = nn.Linear(hidden, keys, bias=False)
-        self.vg_proj = nn.Linear(hidden, 2 * values, bias=False)
-        self.o_proj = nn.Linear(values, hidden, bias=False)
-        self.group_norm = RMSNorm(values // self.heads, config.rms_norm_eps)
-        self.dense = layer_idx > 0 and config.dense_block_layers > 0
-        self.normed = self.dense or (layer_idx > 0 and config.dense_norms)
-        if self.dense:
-            k_gate = hidden // config.intermediate_k_select_scale
-            v_gate = hidden // config.intermediate_v_select_scale
-            self.k_select = HiddenFusion(hidden, keys, k_gate if config.dense_gate else None)
-            self.v_select = HiddenFusion(hidden, values, v_gate if config.dense_gate else None)
-        if self.normed:
-            self.k_norm = RMSNorm(keys, config.rms_norm_eps)
-            self.v_norm = RMSNorm(values, config.rms_norm_eps)
-
-    def forward(
-        self, x: Tensor, step: RetentionPass, *earlier: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One retention block without its residual.
-
-        Args:
-            x: normed input ``[B, T, hidden]``.
-            step: the pass.
-            *earlier: keys, then values, of the layers in the window.
-
-        Returns:
-            Output ``[B, T, hidden]`` and this layer's features: its keys and values before
-            fusion, norm and rotary.
-        """
-        k = silu(self.k_proj(x)) * self.scale
-        v, g = silu(self.vg_proj(x)).chunk(2, -1)
-        fused_k, fused_v = self._fused(x, k, v, earlier)
-        q, fused_k, fused_v = (
-            t.unflatten(-1, (self.heads, -1)).to(step.root.dtype)
-            for t in (silu(self.q_proj(x)), fused_k, fused_v)
-        )
-        q, fused_k = step.rotate(q), step.rotate(fused_k)
-        y = step.mix(self.layer_idx, q, fused_k, fused_v) / step.root
-        y = self.group_norm(y).to(x.dtype).flatten(-2)
-        return self.o_proj(y * g), k, v
-
-    def _fused(
-        self, x: Tensor, k: Tensor, v: Tensor, earlier: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        if self.dense:
-            half = len(earlier) // 2
-            k, v = self.k_select(x, k, earlier[:half]), self.v_select(x, v, earlier[half:])
-        if self.normed:
-            k, v = self.k_norm(k), self.v_norm(v)
-        return k, v
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate x) ⊙ up x), with the names of Llama's MLP so that its weights fit."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden]`` to ``[..., hidden]``."""
-        return self.down_proj(silu(self.gate_proj(x), self.up_proj(x)))
-
-
-class DenseRetNetLayer(GradientCheckpointingLayer):
-    """Norm, retention, residual; and norm, MLP, residual where the configuration has one."""
-
-    def __init__(self, config: DenseRetNetConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DenseRetention(config, layer_idx)
-        self.dropout = config.dropout
-        self.mlp: GatedMLP | None = None
-        if config.mlp_intermediate_size:
-            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mlp = GatedMLP(config.hidden_size, config.mlp_intermediate_size)
-
-    def forward(
-        self, hidden_states: Tensor, step: RetentionPass, *earlier: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Next hidden states ``[B, T, hidden]`` and this layer's two features."""
-        out, k, v = self.self_attn(self.input_layernorm(hidden_states), step, *earlier)
-        hidden_states = hidden_states + F.dropout(out, self.dropout, self.training)
-        if self.mlp is not None:
-            out = self.mlp(self.post_attention_layernorm(hidden_states))
-            hidden_states = hidden_states + F.dropout(out, self.dropout, self.training)
-        return hidden_states, k, v
 
 
 class DenseRetNetPreTrainedModel(RecurrentModel, PreTrainedModel):

@@ -29,7 +29,8 @@ SILU = ("silu", "swish")
 
 if TYPE_CHECKING:
     from retort.models.carried import MambaState
-    from retort.models.dense_mamba import DenseMambaConfig, DenseMambaModel
+    from retort.models.dense_mamba import DenseMambaModel
+    from retort.models.mamba_config import DenseMambaConfig
 
 
 class NativePass:

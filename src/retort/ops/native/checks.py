@@ -74,3 +74,20 @@ def require_tokens(tokens: Tensor, total: int) -> None:
             f"tokens are ascending int64 numbers below {total}, not {tokens.dtype} "
             f"{tuple(tokens.shape)}"
         )
+
+
+def require_windows(model: str, windows: Sequence[tuple[int, bool]]) -> None:
+    """Refuse a model without layers, and a layer that reads what lies before layer 0.
+
+    Args:
+        model: its name, for the message.
+        windows: of each layer, how many layers before it reads, and whether it has gates for them.
+
+    Raises:
+        ConfigurationError: names the layer.
+    """
+    if not windows:
+        raise ConfigurationError(f"a {model} has at least one layer")
+    for i, (window, gated) in enumerate(windows):
+        if not 0 <= window <= i or (gated and not window):
+            raise ConfigurationError(f"layer {i} has a window of {window} layers before")

@@ -19,7 +19,7 @@ from torch import Tensor
 from retort.errors import ConfigurationError
 from retort.ops import native
 from retort.ops.native import abi
-from retort.ops.native.checks import int64s, require
+from retort.ops.native.checks import int64s, require, require_windows
 from retort.ops.native.elementwise import Norm
 from retort.ops.native.scan import ScanRows
 from retort.ops.panels import PackedWeight
@@ -180,13 +180,10 @@ class NativeMamba:
     norm: Norm
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ConfigurationError("a DenseMamba has at least one layer")
+        require_windows("DenseMamba", [(w.window, bool(w.select)) for w in self.layers])
         first, last = self.layers[0], self.layers[-1]
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             layer.check(self.norm.weight.numel(), *first.convolution.shape)
-            if not 0 <= layer.window <= i or (layer.select and not layer.window):
-                raise ConfigurationError(f"layer {i} has a window of {layer.window} layers before")
         inner = {layer.select[1].k for layer in self.layers if layer.select}
         sizes = {(layer.parameters.n, len(layer.a)) for layer in self.layers}
         if len(sizes) > 1 or len(inner) > 1 or (inner and not last.select):

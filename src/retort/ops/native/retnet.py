@@ -20,7 +20,7 @@ from torch import Tensor
 from retort.errors import ConfigurationError
 from retort.ops import native
 from retort.ops.native import abi
-from retort.ops.native.checks import int64s, require, require_tokens
+from retort.ops.native.checks import int64s, require, require_tokens, require_windows
 from retort.ops.native.elementwise import Norm
 from retort.ops.native.retention import RetentionRows, RetentionTables
 from retort.ops.panels import PackedWeight, gated
@@ -168,17 +168,14 @@ class NativeRetNet:
     norm: Norm
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ConfigurationError("a DenseRetNet has at least one layer")
+        require_windows("DenseRetNet", [(w.window, bool(w.selects)) for w in self.layers])
         query, _, values = self.layers[0].projections
         sizes = self.hidden, query.n, values.n // 2
         inner = {w.k for layer in self.layers for w in layer.selects[2:3]}
         inner_v = {w.k for layer in self.layers for w in layer.selects[3:]}
         wide = {layer.mlp[0].n if layer.mlp else 0 for layer in self.layers}
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             layer.check(*sizes)
-            if not 0 <= layer.window <= i or (layer.selects and not layer.window):
-                raise ConfigurationError(f"layer {i} has a window of {layer.window} layers before")
         last = not inner or bool(self.layers[-1].selects)
         if len(inner) > 1 or len(inner_v) > 1 or len(wide) > 1 or not last:
             raise ConfigurationError("layers differ in the widths of their gates or MLPs")
