@@ -14,12 +14,14 @@ from retort.evaluate.rouge import rouge_l_scores
 from retort.evaluate.texts import generate_texts
 
 
-def judge(model: str | Path, names: tuple[str, ...], settings: Settings, places: Places) -> dict:
+def judge(
+    model: str | Path, names: tuple[str, ...], prompts: int, settings: Settings, places: Places
+) -> dict[str, Any]:
     """Scores of each prompt by file, and what generating took."""
     found: dict[str, Any] = {}
     with Engine.from_pretrained(str(model), max_batch_size=16) as engine:
         for name in names:
-            rows = questions(places.data / f"{name}.jsonl", engine.tokenizer, settings)
+            rows = questions(places.data / f"{name}.jsonl", engine.tokenizer, prompts, settings)
             started = time.perf_counter()
             chats = [chat(row["prompt"]) for row in rows]
             made = generate_texts(engine, chats, max_new_tokens=settings.max_new_tokens)
@@ -36,24 +38,25 @@ def judge(model: str | Path, names: tuple[str, ...], settings: Settings, places:
 
 def tests(model: str | Path, settings: Settings, places: Places) -> dict[str, Any]:
     """The five test sets and the mean of their means."""
-    sets = judge(model, SETS, settings, places)
+    sets = judge(model, SETS, settings.prompts, settings, places)
     means = [found["mean"] for found in sets.values()]
     return {"average": round(sum(means) / len(means), 4), "sets": sets}
 
 
 def validation(model: str | Path, settings: Settings, places: Places) -> dict[str, Any]:
     """The validation set, by which learning rates are chosen."""
-    return judge(model, (VALIDATION,), settings, places)[VALIDATION]
+    names, prompts = (VALIDATION,), settings.validation_prompts
+    return judge(model, names, prompts, settings, places)[VALIDATION]
 
 
-def questions(path: Path, tokenizer: Any, settings: Settings) -> list[dict[str, Any]]:
+def questions(path: Path, tokenizer: Any, prompts: int, settings: Settings) -> list[dict[str, Any]]:
     """The first prompts of a file that are short enough (fewer where the file has fewer)."""
     rows = []
     for line in path.read_text("utf-8").splitlines():
         row = json.loads(line)
         if len(tokenizer(row["prompt"]).input_ids) <= settings.prompt_tokens:
             rows.append(row)
-        if len(rows) == settings.prompts:
+        if len(rows) == prompts:
             break
     return rows
 

@@ -4,7 +4,7 @@
 
 Each cell is a process of its own and leaves ``results/<cell>.json``. A cell that was killed goes
 on from its newest checkpoint when the command is given again; finished cells are not repeated.
-Methods that this version of Retort does not have yet are named and passed over.
+Before each cell stands how many are done and about how long the rest takes; ``--cells`` lists them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import TEACHER, Cell, plan
+from progress import Progress, expected
 from settings import Places, Settings, add_settings, from_options
 
 HERE = Path(__file__).resolve().parent
@@ -32,14 +33,28 @@ def main() -> None:
     if options.cell:
         run_cell(next(c for c in plan() if c.name == options.cell), settings, places)
         return
+    cells = chosen(options, settings)
+    if options.cells:
+        for cell in cells:
+            print(f"{expected(cell, settings) / 60:5.1f} min  {cell.name}")
+        return
     check_settings(settings, places)
-    for cell in plan():
-        if options.only and not cell.name.startswith(tuple(options.only)):
-            continue
-        if cell.stage == "tune" and not settings.tuning_tokens:
-            continue
+    progress = Progress(cells, settings, places)
+    for cell in cells:
         if not places.result(cell.name).is_file():
+            print(f"{progress}; now {cell.name}", flush=True)
             start(cell)
+    print(progress)
+
+
+def chosen(options: argparse.Namespace, settings: Settings) -> list[Cell]:
+    """The cells of the plan that are wanted, in its order."""
+    tuned = [c for c in plan() if c.stage != "tune" or settings.tuning_tokens]
+    last = next((i for i, c in enumerate(tuned) if c.name == options.until), len(tuned))
+    if options.until and last == len(tuned):
+        sys.exit(f"--until {options.until}: no such cell; see --cells")
+    wanted = tuple(options.only or [""])
+    return [cell for cell in tuned[: last + 1] if cell.name.startswith(wanted)]
 
 
 def arguments() -> argparse.Namespace:
@@ -48,6 +63,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, required=True, help="models and checkpoints")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--only", nargs="+", help="cells whose names start like this")
+    parser.add_argument("--until", help="the last cell of the plan that is run")
+    parser.add_argument("--cells", action="store_true", help="list the cells and what they take")
     parser.add_argument("--cell", help="run this one cell, in this process")
     add_settings(parser)
     return parser.parse_args()
@@ -67,51 +84,59 @@ def check_settings(settings: Settings, places: Places) -> None:
 
 def start(cell: Cell) -> None:
     """Run a cell in a process of its own; one that fails leaves no record and others go on."""
-    print(f"{cell.name} ...", flush=True)
     started = time.monotonic()
     quiet = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet |= {"TQDM_DISABLE": "1"}
     command = [sys.executable, *sys.argv, "--cell", cell.name]
     code = subprocess.run(command, env={**os.environ, **quiet}, check=False).returncode
-    print(f"{cell.name}: exit {code} after {time.monotonic() - started:.0f} s", flush=True)
+    took = time.monotonic() - started
+    print(f"{cell.name}: {'done' if not code else f'exit {code}'} after {took:.0f} s", flush=True)
     if code and cell == TEACHER:
         sys.exit("without its teacher the experiment cannot go on")
 
 
 def run_cell(cell: Cell, settings: Settings, places: Places) -> None:
     """Train, judge, and write the record."""
-    from judging import tests, validation
-    from training import configuration, train
-
-    from retort.distill.presets import PRESETS
     from retort.provenance import Provenance, write_json
 
-    if cell.method not in PRESETS:
-        sys.exit(f"{cell.name}: this version has no method {cell.method!r} yet; passed over")
     started = time.time()
-    trained = train(cell, settings, places)
-    folder = places.model(cell.name)
-    config = configuration(cell, settings, places)
+    found = measure(cell, settings, places)
+    provenance = Provenance.collect({}, {"seed": cell.seed}).to_dict()
+    provenance.pop("command")
     record: dict[str, Any] = {
         "cell": cell.name,
         "stage": cell.stage,
         "label": cell.label,
         "method": cell.method,
         "seed": cell.seed,
-        "learning_rate": config.learning_rate,
         "overrides": cell.overrides,
         "settings": settings.record(),
-        "training": trained,
+        **found,
     }
-    if cell.stage == "tune":
-        record["validation"] = validation(folder, settings, places)
-        shutil.rmtree(folder)  # only the number is needed
-    else:
-        record["tests"] = tests(folder, settings, places)
-        remove_checkpoints(folder)
-    provenance = Provenance.collect({}, {"seed": cell.seed}).to_dict()
-    provenance.pop("command")
     record |= {"seconds": round(time.time() - started), "provenance": provenance}
     write_json(places.result(cell.name), record)
+
+
+def measure(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
+    """What a cell of its stage finds out."""
+    from joint import joint
+    from judging import tests, validation
+    from training import learning_rate, train
+
+    if cell.stage == "joint":
+        return {"joint": joint(settings, places)}
+    found = {
+        "learning_rate": learning_rate(cell, settings, places),
+        "training": train(cell, settings, places),
+    }
+    folder = places.model(cell.name)
+    if cell.stage == "tune":
+        found["validation"] = validation(folder, settings, places)
+        shutil.rmtree(folder)  # only the number is needed
+    else:
+        found["tests"] = tests(folder, settings, places)
+        remove_checkpoints(folder)
+    return found
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -1,9 +1,10 @@
 """One table out of the finished cells.
 
-    python experiments/mgsr/table.py experiments/mgsr/results > experiments/mgsr/TABLE.md
+    python experiments/mgsr/table.py experiments/mgsr/results > experiments/mgsr/results/TABLE.md
 
 Mean ± standard deviation over seeds of the five-set average, each set's mean, and the paired
-bootstrap of every method's scores against mgsr's on the same prompts and seeds.
+bootstrap of every method's scores against mgsr's on the same prompts and seeds; the names are links
+to the cells' records. Below stands the joint claim, where it was measured.
 """
 
 from __future__ import annotations
@@ -24,12 +25,43 @@ REFERENCE = "mgsr"
 
 
 def markdown(results: Path) -> str:
-    """The table of all cells in ``results`` that were tested."""
+    """The tables of all cells in ``results`` that were tested, and of the joint claim."""
     groups = load(results)
     head = ["run", "seeds", "rate", "average", *SETS, f"difference to {REFERENCE} [95 %]"]
+    text = _table(head, [row(label, groups) for label in groups])
+    for path in sorted(results.glob("joint-*.json")):
+        text += "\n" + joint_table(path)
+    return text
+
+
+def joint_table(path: Path) -> str:
+    """The DenseRetNet students as the teacher's drafters."""
+    found = json.loads(path.read_text("utf-8"))["joint"]
+    head = ["drafter of the teacher", "acceptance α", "agreement", "break-even α", "step cost"]
+    head += ["tokens a step", "tokens/s", "times the teacher alone [95 %]"]
+    rows = [_joint_row(label, arm) for label, arm in found["arms"].items()]
+    return (
+        f"{found['draft']} drafts a step, one row at a time, texts of one length, equal to the "
+        f"teacher's own ([record]({path.name}))\n\n" + _table(head, rows)
+    )
+
+
+def _joint_row(label: str, arm: dict[str, Any]) -> list[str]:
+    names = ("acceptance", "agreement", "break_even")
+    low, high = arm["ratio_95"]
+    return [
+        label,
+        *("–" if arm.get(name) is None else f"{arm[name]:.3f}" for name in names),
+        f"{arm['step_cost']:.2f}",
+        f"{arm['tokens_per_step']:.2f}",
+        f"{arm['tokens_per_second']:.1f}",
+        f"{arm['ratio']:.2f} [{low:.2f}, {high:.2f}]",
+    ]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(row(label, groups)) + " |" for label in groups]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)]) + "\n"
 
 
 def load(results: Path) -> Records:
@@ -60,7 +92,7 @@ def row(label: str, groups: Records) -> list[str]:
     rates = sorted({f"{r['learning_rate']:g}" for r in records})
     return [
         label,
-        str(len(records)),
+        " ".join(f"[{r['seed']}]({r['cell']}.json)" for r in records),
         ", ".join(rates),
         f"{mean(averages):.2f}{spread}",
         *(f"{value:.2f}" for value in sets),

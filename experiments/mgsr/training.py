@@ -8,67 +8,48 @@ from pathlib import Path
 from typing import Any
 
 from cells import BASE, LEARNING_RATES, RETNET_BASE, TEACHER, Cell, tuning
+from pace import TokenBudget
+from rows import fitting_rows, training_file
 from settings import Places, Settings
-from transformers import TrainerCallback
 
 from retort.distill.config import DistillConfig
-from retort.distill.data import Encoding, end_tokens, load_rows, tokenize
+from retort.distill.influence import layer_influence, most_influential
 from retort.distill.run import run
 from retort.models import zoo
 
-SPARE_STEPS = 1.5  # the budget ends a run, not the number of steps, unless texts are very short
-
-
-class TokenBudget(TrainerCallback):
-    """Ends training once the student has been trained on ``tokens`` tokens."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count what the optimiser step read; the count is in the checkpoint."""
-        if state.num_input_tokens_seen >= self.tokens:
-            control.should_training_stop = True
+INFLUENCE_ROWS = 32
 
 
 def train(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
     """Run (or go on with) the cell's training and return what it took."""
     config = configuration(cell, settings, places)
-    run(config, [TokenBudget(budget(cell, settings))])
+    run(config, [TokenBudget(settings.tokens(cell.stage))])
     return summary(places.model(cell.name))
 
 
-def budget(cell: Cell, settings: Settings) -> int:
-    """Student tokens of the cell."""
-    stages = {
-        "teacher": settings.teacher_tokens,
-        "base": settings.base_tokens,
-        "retnet-base": settings.base_tokens,
-        "tune": settings.tuning_tokens,
-    }
-    return stages.get(cell.stage, settings.method_tokens)
-
-
 def configuration(cell: Cell, settings: Settings, places: Places) -> DistillConfig:
-    """Everything but method, seed, rate and models is one for all cells."""
+    """Everything but method, seed, rate and models is one for all cells.
+
+    A step reads ``settings.rows`` sequences whatever the method: those that learn the data set's
+    text beside the student's take half as many prompts.
+    """
     config = DistillConfig(
         output_dir=str(places.model(cell.name)),
         method=cell.method,
         learning_rate=learning_rate(cell, settings, places),
+        adam_beta2=0.98,
         seed=cell.seed,
-        dataset_name=str(places.data / "dolly_train.jsonl"),
-        max_train_rows=settings.train_rows,
+        dataset_name=training_file(cell.seed, settings, places),
+        train_sampling_strategy="sequential",
         as_chat=True,
         max_length=settings.max_length,
-        skip_long_prompts=True,
         max_completion_length=settings.max_completion_length,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
+        per_device_train_batch_size=settings.rows,
+        freeze_embeddings=True,
         bf16=bool(settings.bf16),
         scrg_warmup_steps=settings.scrg_warmup_steps,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=4,
-        max_steps=10**6,  # replaced below
+        lr_scheduler_type="constant",  # see `TokenBudget`
+        max_steps=math.ceil(settings.tokens(cell.stage) / settings.least_step_tokens),
         include_num_input_tokens_seen="non_padding",
         logging_steps=1,
         save_steps=20,
@@ -80,8 +61,14 @@ def configuration(cell: Cell, settings: Settings, places: Places) -> DistillConf
         **followed(cell, places),
         **cell.overrides,
     )
-    config.max_steps = steps(config, budget(cell, settings), places)
+    config.per_device_train_batch_size = max(settings.rows // streams(config), 1)
     return config
+
+
+def streams(config: DistillConfig) -> int:
+    """Sequences that the student reads for each prompt."""
+    recipe = config.recipe
+    return 2 if recipe.contrast or (recipe.sft_weight and recipe.writes) else 1
 
 
 def models(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
@@ -90,13 +77,16 @@ def models(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
     if cell.stage == "teacher":
         return {"model_name_or_path": settings.model}
     if cell.stage == "base":
+        kept = influential_layers(settings, places)
         return {
             "model_name_or_path": teacher,
-            "student_num_hidden_layers": settings.student_layers,
+            "student_layer_indices": kept,
+            "teacher_model_name_or_path": teacher,
         }
     if cell.stage == "retnet-base":
         return {
             "student_type": "dense_retnet",
+            "warm_start": True,
             "student_num_hidden_layers": settings.retnet_layers,
             "teacher_model_name_or_path": teacher,
         }
@@ -107,15 +97,26 @@ def models(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
     }
 
 
+def influential_layers(settings: Settings, places: Places) -> list[int]:
+    """The teacher's layers that turn its states most on training rows; kept in a file."""
+    path = places.work / "layers.json"
+    if not path.is_file():
+        texts = [ids for _, ids in fitting_rows(settings, places)[:INFLUENCE_ROWS]]
+        found = layer_influence(zoo.load_model(places.model(TEACHER.name)), texts)
+        path.write_text(json.dumps(most_influential(found, settings.student_layers)), "utf-8")
+    return json.loads(path.read_text("utf-8"))
+
+
 def followed(cell: Cell, places: Places) -> dict[str, Any]:
     """DistiLLM's scheduler follows the loss on the validation file."""
     if cell.method != "distillm":
         return {}
     return {
         "eval_dataset_name": str(places.data / "dolly_valid.jsonl"),
+        "skip_long_prompts": True,
         "max_eval_rows": 16,
         "eval_strategy": "steps",
-        "eval_steps": 5,
+        "eval_steps": 10,
         "per_device_eval_batch_size": 8,
     }
 
@@ -124,30 +125,10 @@ def learning_rate(cell: Cell, settings: Settings, places: Places) -> float:
     """The cell's own, or the tuning cell's that wrote the best answers to the validation file."""
     if cell.learning_rate is not None:
         return cell.learning_rate
-    if cell.retnet or not settings.tuning_tokens:
-        return LEARNING_RATES[-1]
+    if not settings.tuning_tokens:
+        return LEARNING_RATES[0]
     found = [json.loads(places.result(c.name).read_text("utf-8")) for c in tuning(cell.method)]
     return max(found, key=lambda record: record["validation"]["mean"])["learning_rate"]
-
-
-def steps(config: DistillConfig, tokens: int, places: Places) -> int:
-    """Optimiser steps that read about ``tokens``, with some to spare."""
-    recipe = config.recipe
-    streams = 2 if recipe.sft_weight and recipe.distils and recipe.lmbda != 0 else 1
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * streams
-    return math.ceil(SPARE_STEPS * tokens / (rows * _mean_tokens(config, places)))
-
-
-def _mean_tokens(config: DistillConfig, places: Places, sample: int = 200) -> float:
-    """Mean tokens of the first rows of the training file that fit, prompt and completion."""
-    name = config.model_name_or_path or config.teacher_model_name_or_path
-    tokenizer = zoo.load_tokenizer(str(name))
-    encoding = Encoding(
-        tokenizer, end_tokens(tokenizer), config.max_length, True, True, skip_long_prompts=True
-    )
-    rows = load_rows(str(places.data / "dolly_train.jsonl"))
-    made = tokenize(rows.select(range(min(sample, len(rows)))), encoding)
-    return sum(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in made) / len(made)
 
 
 def summary(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from retort.errors import ConfigurationError
-from retort.evaluate.acceptance import acceptance, expected_tokens_per_step, overlap
+from retort.evaluate.acceptance import (
+    acceptance,
+    break_even,
+    expected_tokens_per_step,
+    overlap,
+)
 from retort.evaluate.predictions import predict
 from tests.evaluate.tiny import tiny_gemma2, tiny_llama
 
@@ -105,3 +110,18 @@ def test_impossible_rates_are_refused(alpha, k):
 def test_examples_without_prompt_or_completion_are_named(examples):
     with pytest.raises(ConfigurationError, match=r"example 1|got none"):
         acceptance(tiny_llama(0), tiny_llama(1), examples)
+
+
+@pytest.mark.parametrize("draft_length", [1, 2, 5])
+def test_break_even_is_the_acceptance_that_a_dearer_step_needs(draft_length):
+    for alpha in (0.05, 0.4, 0.95):
+        cost = expected_tokens_per_step(alpha, draft_length)
+        assert break_even(cost, draft_length) == pytest.approx(alpha)
+    assert break_even(0.9, draft_length) == break_even(1.0, draft_length) == 0
+    assert break_even(draft_length + 1, draft_length) == pytest.approx(1)
+    assert break_even(draft_length + 1.01, draft_length) is None
+
+
+def test_break_even_needs_a_draft():
+    with pytest.raises(ConfigurationError, match="at least one draft"):
+        break_even(1.5, 0)

@@ -2,18 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.distill.toys import llama, tokenizer
+from tests.experiments.toys import save_model, save_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "mgsr"
-MODULES = ("cells", "settings", "training", "judging", "run", "table")
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
+MODULES = [path.stem for path in FOLDER.glob("*.py")]
 
 
 @pytest.fixture
@@ -33,30 +30,33 @@ def experiment(monkeypatch):
 @pytest.fixture
 def toy(experiment, tmp_path):
     """(settings, places) of a tiny model on a few rows."""
-    made, words = tokenizer(), ("cat", "dog", "house", "tree", "sun", "road")
-    made.chat_template = TEMPLATE
-    llama(1, layers=3).save_pretrained(tmp_path / "model")
-    made.save_pretrained(tmp_path / "model")
-    data = tmp_path / "data"
-    data.mkdir()
-    names = ("dolly_train", "dolly_valid", *experiment["settings"].SETS)
-    for name in names:
-        rows = [{"id": f"{name}/{w}", "prompt": f"A {w}?", "reference": f"the {w}"} for w in words]
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_model(tmp_path / "model", layers=4)
+    (tmp_path / "data").mkdir()
+    for name in ("dolly_train", "dolly_valid", *experiment["settings"].SETS):
+        save_rows(tmp_path / "data" / f"{name}.jsonl")
     settings = experiment["settings"].Settings(
         model=str(tmp_path / "model"),
         student_layers=2,
+        retnet_layers=2,
         teacher_tokens=200,
         base_tokens=200,
+        retnet_tokens=200,
         method_tokens=300,
         tuning_tokens=100,
         max_length=64,
-        max_completion_length=6,
-        batch_size=2,
+        max_completion_length=12,
+        rows=2,
+        least_step_tokens=6,
+        bf16=0,
         prompts=2,
+        validation_prompts=2,
         max_new_tokens=4,
+        joint_prompts=3,
+        joint_timed=2,
     )
-    places = experiment["settings"].Places(data, tmp_path / "work", tmp_path / "results")
+    places = experiment["settings"].Places(
+        tmp_path / "data", tmp_path / "work", tmp_path / "results"
+    )
     return settings, places
 
 
@@ -72,8 +72,10 @@ def test_names_are_unique_and_the_first_seed_of_the_main_table_comes_first(exper
     first = [order.index(f"main-{m}-seed1") for m in cells.METHODS]
     assert max(first) < min(order.index(f"main-{m}-seed2") for m in cells.METHODS)
     assert max(first) < min(i for i, c in enumerate(plan) if c.stage in ("ablation", "variant"))
+    joint = order.index("joint-drafters-seed1")
+    assert all(order.index(f"retnet-main-{m}-seed1") < joint for m in cells.RETNET_METHODS)
     for index, each in enumerate(plan):  # what a cell reads comes before it
-        if each.learning_rate is None and not each.retnet:
+        if each.learning_rate is None and each.stage != "joint":
             assert all(order.index(t.name) < index for t in cells.tuning(each.method))
 
 
@@ -81,7 +83,7 @@ def test_cells_chain_and_tuning_chooses_the_rate(experiment, toy):
     settings, places = toy
     rates = experiment["cells"].LEARNING_RATES
     tuned = [f"tune-mgsr-{rate:g}-seed0" for rate in rates]
-    names = ["teacher-sft-seed0", "base-sft-seed0", *tuned, "main-mgsr-seed1"]
+    names = ["teacher-sft-seed0", "base-sft+kd-seed0", *tuned, "main-mgsr-seed1"]
     for name in names:
         experiment["run"].run_cell(cell(experiment, name), settings, places)
     record = json.loads(places.result("main-mgsr-seed1").read_text())
@@ -95,18 +97,17 @@ def test_cells_chain_and_tuning_chooses_the_rate(experiment, toy):
     assert str(places.work) not in text and str(places.data) not in text
     assert record["provenance"]["versions"]["torch"]
     table = experiment["table"].markdown(places.results)
-    assert "| mgsr | 1 |" in table and "| teacher | 1 |" in table
+    assert "| mgsr | [1](main-mgsr-seed1.json) |" in table
+    assert "| teacher | [0](teacher-sft-seed0.json) |" in table
 
 
 def test_every_cell_is_a_configuration_that_holds(experiment, toy):
     """A preset or override that contradicts another one is found here, not after hours."""
-    from dataclasses import replace
-
     import training
 
     settings = replace(toy[0], tuning_tokens=0)
     toy[1].work.mkdir()
-    for name in ("teacher-sft-seed0", "base-sft-seed0", "retnet-base-kd-seed0"):
+    for name in ("teacher-sft-seed0", "base-sft+kd-seed0", "retnet-base-sft+kd-seed0"):
         toy[1].model(name).symlink_to(settings.model)
     for each in experiment["cells"].plan():
         chosen = toy[0] if each.stage == "tune" else settings
@@ -132,15 +133,119 @@ def test_a_killed_cell_goes_on_and_a_finished_one_is_left(experiment, toy, monke
     arguments += ["--results", str(places.results)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--only", "teacher", "base"])
     run.main()
-    assert [c.name for c in started] == ["base-sft-seed0"]
+    assert [c.name for c in started] == ["base-sft+kd-seed0"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--prompts", "7"])
     with pytest.raises(SystemExit, match="prompts"):
         run.main()
 
 
-def test_a_method_that_is_not_there_yet_is_named(experiment, toy):
-    from dataclasses import replace
+def test_a_teacher_with_drafters_writes_what_it_writes_alone(experiment, toy):
+    """The joint claim: α, agreement, speed and break-even of every DenseRetNet student."""
+    import joint
 
-    unknown = replace(cell(experiment, "main-kd-seed1"), method="nothing")
-    with pytest.raises(SystemExit, match="no method 'nothing' yet"):
-        experiment["run"].run_cell(unknown, *toy)
+    settings, places = toy
+    settings = replace(settings, tuning_tokens=0)
+    names = ["teacher-sft-seed0", "retnet-base-sft+kd-seed0"]
+    names += [f"retnet-main-{method}-seed1" for method in experiment["cells"].RETNET_METHODS]
+    for name in (*names, "joint-drafters-seed1"):
+        experiment["run"].run_cell(cell(experiment, name), settings, places)
+    record = json.loads(places.result("joint-drafters-seed1").read_text())["joint"]
+    assert list(record["arms"]) == [joint.PLAIN, joint.LOOKUP, "sft+kd", "sft", "kd", "mgsr"]
+    assert (record["prompts"], record["timed"]) == (3, 2)
+    for label in ("sft+kd", "sft", "kd", "mgsr"):
+        arm = record["arms"][label]
+        assert 0 < arm["acceptance"] < 1 and 0 <= arm["agreement"] <= 1
+        assert 1 <= arm["tokens_per_step"] <= 1 + settings.joint_draft
+        assert arm["step_cost"] * arm["ratio"] == pytest.approx(arm["tokens_per_step"])
+    assert str(places.work) not in json.dumps(record)
+    table = experiment["table"].markdown(places.results)
+    assert "break-even α" in table and "| mgsr | 0." in table
+    assert "[1](retnet-main-kd-seed1.json)" in table
+
+
+def test_a_drafter_that_changes_the_text_is_an_error(experiment, toy, monkeypatch):
+    import joint
+
+    settings, places = toy
+    teacher, made = places.data.parent / "model", joint.compare
+
+    def changed(*arguments, **keywords):
+        return [replace(arm, equal_to_plain=False) for arm in made(*arguments, **keywords)]
+
+    monkeypatch.setattr(joint, "compare", changed)
+    model, words = joint.zoo.load_model(teacher), joint.zoo.load_tokenizer(teacher)
+    with pytest.raises(joint.RetortError, match="changed the teacher's text"):
+        joint.decoding(model, words, {"student": teacher}, [[5, 6, 7]], settings)
+
+
+def test_rows_are_kept_whole_and_grouped_by_length(experiment, toy):
+    import rows
+
+    settings, places = toy
+    fitting = rows.fitting_rows(replace(settings, max_length=64), places)
+    assert len(fitting) == 6 and all(len(ids) <= 64 for _, ids in fitting)
+    shortest = min(len(ids) for _, ids in fitting)
+    assert rows.fitting_rows(replace(settings, max_length=shortest - 1), places) == []
+    made = [({"id": i}, [0] * (i % 7 + 1)) for i in range(100)]
+    ordered = rows.in_groups(made, 4, seed=1)
+    assert len(ordered) == 100 and len({row["id"] for row, _ in ordered}) == 100
+    spreads = [
+        max(len(ids) for _, ids in ordered[i : i + 4])
+        - min(len(ids) for _, ids in ordered[i : i + 4])
+        for i in range(0, 100, 4)
+    ]
+    assert max(spreads) <= 1
+    assert ordered == rows.in_groups(made, 4, seed=1) != rows.in_groups(made, 4, seed=2)
+
+
+def test_the_rate_warms_up_and_falls_over_the_tokens(experiment):
+    import pace
+
+    assert 0 < pace.rate(0) < pace.rate(0.03) < pace.rate(0.05) <= 1
+    falling = [pace.rate(done) for done in (0.06, 0.3, 0.6, 0.9, 1.0)]
+    assert falling == sorted(falling, reverse=True)
+    assert pace.rate(1.0) == pace.rate(1.2) == pytest.approx(pace.FLOOR)
+
+
+def test_every_method_reads_as_many_sequences_a_step(experiment, toy):
+    import training
+
+    settings = replace(toy[0], tuning_tokens=0, rows=8)
+    toy[1].work.mkdir()
+    for name in ("teacher-sft-seed0", "base-sft+kd-seed0"):
+        toy[1].model(name).symlink_to(settings.model)
+    prompts = {
+        each.label: training.configuration(each, settings, toy[1]).per_device_train_batch_size
+        for each in experiment["cells"].plan()
+        if each.stage in ("main", "other")
+    }
+    halves = {label for label, count in prompts.items() if count == 4}
+    assert halves == {"mgsr", "distillm2"} and set(prompts.values()) == {4, 8}
+
+
+def test_the_time_that_is_left_follows_the_time_that_cells_took(experiment, toy):
+    import progress
+
+    settings, places = toy
+    cells = experiment["cells"].plan()[:3]
+    said = progress.Progress(cells, settings, places)
+    assert str(said).startswith("0 of 3 cells done")
+    assert said.pace([]) == 1.0
+    places.results.mkdir()
+    hoped = progress.expected(cells[0], settings)
+    places.result(cells[0].name).write_text(json.dumps({"seconds": 2 * hoped}))
+    assert said.pace(cells[:1]) == pytest.approx(2) and str(said).startswith("1 of 3")
+    every = progress.Progress(experiment["cells"].plan(), experiment["settings"].Settings(), places)
+    assert len(every.cells) > 40
+
+
+def test_the_plan_can_end_early(experiment, toy, monkeypatch, capsys):
+    _, places = toy
+    arguments = ["run.py", "--data", str(places.data), "--work-dir", str(places.work), "--cells"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--until", "main-sft-seed1"])
+    experiment["run"].main()
+    listed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert listed[0] == "teacher-sft-seed0" and listed[-1] == "main-sft-seed1"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--until", "nothing"])
+    with pytest.raises(SystemExit, match="no such cell"):
+        experiment["run"].main()

@@ -81,6 +81,26 @@ def expected_tokens_per_step(alpha: float, draft_length: int) -> float:
     return sum(alpha**i for i in range(draft_length + 1))  # the same sum, exact at α = 1 too
 
 
+def break_even(step_cost: float, draft_length: int) -> float | None:
+    """The α from which drafting pays: `expected_tokens_per_step` of it is ``step_cost``.
+
+    ``step_cost`` is the time of a step with ``draft_length`` drafts, drafting and verification
+    together, in steps without any: 1 + k·c where verification is free and a draft costs c
+    (Leviathan et al., theorem 3.8). None where even α = 1 does not pay; 0 where the step is no
+    dearer than a plain one. Raises `ConfigurationError` for a draft length below 1.
+    """
+    if draft_length < 1:
+        raise ConfigurationError(f"break_even needs at least one draft, got {draft_length}")
+    if step_cost > draft_length + 1:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        pays = expected_tokens_per_step(middle, draft_length) >= step_cost
+        low, high = (low, middle) if pays else (middle, high)
+    return high if step_cost > 1 else 0.0
+
+
 def _check(examples: Sequence[Example]) -> None:
     if not examples:
         raise ConfigurationError("acceptance needs at least one prompt with a completion, got none")

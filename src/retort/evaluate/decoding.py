@@ -95,8 +95,11 @@ def compare(
         yield _summary(name, size, [r[name] for r in rounds], [r[base] for r in rounds])
 
 
-def engine_arm(engine: Any) -> Arm:
-    """An arm that decodes on an engine, which keeps what it learnt between repeats."""
+def engine_arm(engine: Any, **sampling: Any) -> Arm:
+    """An arm that decodes on an engine, which keeps what it learnt between repeats.
+
+    ``sampling`` goes to every request, such as ``ignore_eos=True`` for texts of one length.
+    """
     import time
 
     from retort.decode.stats import EngineStats
@@ -105,7 +108,8 @@ def engine_arm(engine: Any) -> Arm:
         engine.stats, engine.scheduler.max_batch_size = EngineStats(), size
         passes = engine.target.forward_tokens, engine.target.padding_tokens
         started = time.perf_counter()
-        outputs = engine.generate([list(p) for p in prompts], max_new_tokens=max_new_tokens)
+        limit = {"max_new_tokens": max_new_tokens, **sampling}
+        outputs = engine.generate([list(p) for p in prompts], **limit)
         total, stats = time.perf_counter() - started, engine.stats
         computed = engine.target.forward_tokens - passes[0]
         padding = engine.target.padding_tokens - passes[1]
