@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from retort.cli.env import inspect_model
 from retort.decode.packed import PackedModel
 from retort.models import dense_mamba, dense_retnet, mamba_native, retnet_native
 from retort.ops import native
@@ -105,6 +106,32 @@ def test_it_has_the_bits_of_separate_calls(family, name, isa, monkeypatch):
             assert same(tape_a.values, tape_b.values)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_facts_say_that_a_step_is_one_call(family, training):
+    """Also of a model in training mode: a packed pass evaluates."""
+    model = new_model(family, "m=2").train(training)
+    for backend, expected in (("native", True), ("torch", False)):
+        packed = PackedModel(model, cpu_backend=backend)
+        assert packed.backend.facts()["one_call_a_step"] is expected
+        packed.close()
+        assert not packed.backend.facts()["one_call_a_step"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_command_line_says_so_too(family, tmp_path):
+    new_model(family, "m=2").save_pretrained(tmp_path)
+    facts = inspect_model(str(tmp_path))
+    assert facts["one_call_a_step"] and facts["variant_modules"] == facts["linears_in_torch"] == {}
+
+
+def test_another_activation_is_no_one_call():
+    model = mambas.tiny(dtype=torch.float32, hidden_act="gelu")
+    packed = PackedModel(model, cpu_backend="native")
+    assert not packed.backend.facts()["one_call_a_step"]
+    packed.close()
+
+
 @pytest.mark.parametrize(("family", "name"), MODELS)
 def test_bits_ignore_the_number_of_threads(family, name):
     model = new_model(family, name)
@@ -194,6 +221,7 @@ def test_what_the_core_does_not_know_stays_in_separate_calls(family, change, mon
     else:
         mixer.register_forward_hook(lambda *_: None)
     packed = PackedModel(model, cpu_backend="native")
+    assert not packed.backend.facts()["one_call_a_step"]
     assert packed.forward([(packed.add_row(), [1, 2, 3])], [1]).isfinite().all()
     packed.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -59,6 +60,7 @@ class Backend:
         self.name = resolve(cpu_backend, model)
         self._varlen = varlen_serves(model.device, model.dtype)
         self._lease: Lease | None = None
+        self._model = weakref.ref(model)
         if self.name == "native":
             self._lease = Lease(model, weight_storage, release)
 
@@ -100,8 +102,15 @@ class Backend:
             "linears_in_torch": dict(linears.skipped) if linears else {},
             "fused_layers": len(layers.fused) if layers else 0,
             "layers_in_torch": dict(layers.skipped) if layers else {},
-            "one_call_a_step": bool(self.packing and self.packing.stack),
+            "one_call_a_step": self._is_one_call(),
         }
+
+    def _is_one_call(self) -> bool:
+        """Whether a step runs all layers in one native call; our recurrent models know."""
+        if self.packing is None:
+            return False
+        runs_as_one_call = getattr(self._model(), "runs_as_one_call", None)
+        return self.packing.stack is not None or bool(runs_as_one_call and runs_as_one_call())
 
     def refresh(self) -> None:
         """Pack the model's present weights again, after a training step."""

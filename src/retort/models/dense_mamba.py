@@ -66,6 +66,10 @@ class DenseMambaPreTrainedModel(RecurrentModel, PreTrainedModel):
         """Other activations than silu stay in torch."""
         return self.config.hidden_act in SILU
 
+    def runs_as_one_call(self) -> bool:
+        """See `RecurrentModel.runs_as_one_call`."""
+        return self.calls_core and native_layers(self.base_model) is not None
+
     def optional_weights(self) -> set[str]:
         """The gates, which a Mamba checkpoint has none of: they start at zero."""
         return {name for name, _ in self.named_parameters() if ".select." in name}

@@ -27,7 +27,7 @@ from retort.models.dense import FeatureWindow, RMSNorm
 from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
 from retort.models.retnet_config import DenseRetNetConfig
 from retort.models.retnet_layer import DenseRetNetLayer, RetentionPass
-from retort.models.retnet_native import native_layers, run_layers
+from retort.models.retnet_native import native_layers, run_layers, whole_call
 from retort.ops.clock import Clock
 from retort.ops.elementwise import core_arithmetic
 from retort.ops.native.activation import rotate_pairs
@@ -62,6 +62,10 @@ class DenseRetNetPreTrainedModel(RecurrentModel, PreTrainedModel):
         c = self.config
         heads = c.num_attention_heads
         return RetentionShape(c.num_hidden_layers, heads, c.key_dim // heads, c.value_dim // heads)
+
+    def runs_as_one_call(self) -> bool:
+        """See `RecurrentModel.runs_as_one_call`."""
+        return whole_call(self.base_model) is not None
 
 
 class DenseRetNetModel(DenseRetNetPreTrainedModel):

@@ -55,6 +55,13 @@ class RecurrentModel:
         """Weights that a checkpoint may lack all together: the model has a start for them."""
         return set()
 
+    def runs_as_one_call(self) -> bool:
+        """Whether the native core runs all layers in one call, on packed linears as they are now.
+
+        Passes with a cache on the core, that is, such as packed ones.
+        """
+        return False
+
     def new_row_cache(self, tape: TapeKind = "draft", max_draft: int = 16) -> Any:
         """An empty cache for this model, for packed passes or as `past_key_values`.
 

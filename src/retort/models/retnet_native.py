@@ -21,9 +21,14 @@ def native_layers(model: DenseRetNetModel, x: Tensor) -> NativeRetNet | None:
 
     For inference in float32; the caller has a cache on the core.
     """
-    layers: Any = model.layers
     if x.dtype is not torch.float32 or (model.training and model.config.dropout):
         return None
+    return whole_call(model)
+
+
+def whole_call(model: DenseRetNetModel) -> NativeRetNet | None:
+    """As `native_layers`, for any input that the core takes."""
+    layers: Any = model.layers
     return _calls.of(model, layers[0].self_attn.q_proj, (*layers, model.norm))
 
 
