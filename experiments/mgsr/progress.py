@@ -12,9 +12,10 @@ from cells import Cell
 from settings import Places, Settings
 
 START = 25.0  # imports, models, tokenising
-PER_1000 = {"sft": 2.8, "seqkd": 2.8, "kd": 4.5, "jsd": 4.5, "abkd": 4.5, "teacher": 5.5}
-WRITING = 8.0  # per 1,000 tokens of methods whose student writes
-PER_PROMPT = 0.2  # writing an answer
+PER_1000 = {"sft": 2.8, "seqkd": 4.0, "kd": 4.2, "jsd": 4.2, "abkd": 4.2, "mgsr": 8.0, "skd": 8.0}
+TEACHER_PER_1000 = 5.5
+WRITING = 6.0  # per 1,000 tokens of other methods whose student writes
+PER_PROMPT = 0.15  # writing an answer
 JOINT = 300.0
 
 
@@ -24,7 +25,9 @@ def expected(cell: Cell, settings: Settings) -> float:
         return JOINT
     tests = 5 * settings.prompts
     prompts = settings.validation_prompts if cell.stage == "tune" else tests
-    speed = PER_1000.get("teacher" if cell.stage == "teacher" else cell.method, WRITING)
+    speed = PER_1000.get(cell.method, WRITING)
+    if cell.stage == "teacher":
+        speed = TEACHER_PER_1000
     return START + settings.tokens(cell.stage) / 1000 * speed + PER_PROMPT * prompts
 
 

@@ -28,7 +28,7 @@ class Settings:
     max_length: int = 192
     max_completion_length: int = 64  # of what the student writes and of the rows that are kept
     rows: int = 8  # sequences that the student reads in a step, all streams together
-    least_step_tokens: int = 600  # a bound of a run's steps, which its tokens end before
+    least_step_tokens: int = 450  # a bound of a run's steps, which its tokens end before
     bf16: int = 1  # training passes under bf16 autocast, weights and writing stay float32
     scrg_warmup_steps: int = 4
     prompts: int = 60

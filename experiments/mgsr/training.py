@@ -58,6 +58,7 @@ def configuration(cell: Cell, settings: Settings, places: Places) -> DistillConf
         disable_tqdm=True,
         report_to="none",
         **models(cell, settings, places),
+        **teacher_type(cell, settings),
         **followed(cell, places),
         **cell.overrides,
     )
@@ -95,6 +96,14 @@ def models(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
         "model_name_or_path": str(places.model(start.name)),
         "teacher_model_name_or_path": teacher,
     }
+
+
+def teacher_type(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """The teacher beside a student in bf16 too; one that a student is built from stays float32."""
+    built = cell.stage in (TEACHER.stage, RETNET_BASE.stage)
+    return (
+        {} if built or not settings.bf16 else {"teacher_model_init_kwargs": {"dtype": "bfloat16"}}
+    )
 
 
 def influential_layers(settings: Settings, places: Places) -> list[int]:

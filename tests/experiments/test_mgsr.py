@@ -80,7 +80,8 @@ def test_names_are_unique_and_the_first_seed_of_the_main_table_comes_first(exper
 
 
 def test_cells_chain_and_tuning_chooses_the_rate(experiment, toy):
-    settings, places = toy
+    """In bf16, as the real run is."""
+    settings, places = replace(toy[0], bf16=1), toy[1]
     rates = experiment["cells"].LEARNING_RATES
     tuned = [f"tune-mgsr-{rate:g}-seed0" for rate in rates]
     names = ["teacher-sft-seed0", "base-sft+kd-seed0", *tuned, "main-mgsr-seed1"]
