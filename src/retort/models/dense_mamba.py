@@ -221,7 +221,7 @@ class DenseMambaModel(DenseMambaPreTrainedModel):
         checkpoints = self.training and self.gradient_checkpointing
         if cache is None and (form == "rescan" or remembers or checkpoints):
             whole = cut(lengths, max(sum(lengths), 1), kernel, 0, device)
-            return RescanPass(whole, self.config.chunk_size)
+            return RescanPass(whole, self.config.chunk_size, lengths)
         limit = sum(lengths) if form == "recurrent" else 0
         if cache is not None:
             limit = cache.max_draft + 1  # what a rewind may replay must have a replay's bits

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from retort.cache.recurrent import Feed
+from retort.ops import native
 from retort.ops.clock import Clock
+from retort.ops.native.scan_gradient import TrainedRows, trained_scan
 from retort.ops.segments import Piece, convolve
 from retort.ops.selective_scan import ScanInputs, read, scan_states, selective_scan
 
@@ -169,11 +171,13 @@ class RescanPass:
 
     Args:
         pieces: the whole axis as one piece.
-        chunk_size: tokens whose states exist at one time.
+        chunk_size: tokens whose states exist at one time in PyTorch.
+        counts: tokens of each segment.
     """
 
-    def __init__(self, pieces: Iterable[Piece], chunk_size: int) -> None:
+    def __init__(self, pieces: Iterable[Piece], chunk_size: int, counts: tuple[int, ...]) -> None:
         self._pieces, self._chunk_size = list(pieces), chunk_size
+        self._rows = TrainedRows(counts)
 
     def __iter__(self) -> Iterator[Piece]:
         """The one piece, none where there is no token."""
@@ -202,7 +206,13 @@ class RescanPass:
         return y, tuple(inputs)
 
     def _scan(self, inputs: ScanInputs, c: Tensor) -> Tensor:
+        if inputs.u.dtype is torch.float32 and inputs.u.is_cpu and _core_serves():
+            return trained_scan(inputs, c, self._rows)
         return selective_scan(inputs, c, self._pieces[0].starts, self._chunk_size)
+
+
+def _core_serves() -> bool:
+    return not torch.compiler.is_compiling() and native.available()
 
 
 def real_sequences(

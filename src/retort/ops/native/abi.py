@@ -170,6 +170,15 @@ class ScanCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class ScanGradientCall(ctypes.Structure):
+    """Gradients of one selective scan of a packed pass."""
+
+    _fields_: ClassVar[Fields] = _fields(
+        i="rows channels states total chunk", p="counts offsets first_kept a dt u b c",
+        i2="ld_dt ld_u ld_b ld_c", p2="kept grad grad_a grad_dt grad_u grad_bc", t="threads",
+    )  # fmt: skip
+
+
 class ConvCall(ctypes.Structure):
     """One causal convolution of a packed pass."""
 
@@ -242,6 +251,7 @@ CALLS = {
     "retort_fold": FoldCall,
     "retort_retnet": RetNetCall,
     "retort_scan": ScanCall,
+    "retort_scan_gradient": ScanGradientCall,
     "retort_convolution": ConvCall,
     "retort_mamba": MambaCall,
     "retort_stack": StackCall,

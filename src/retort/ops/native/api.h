@@ -230,6 +230,21 @@ struct RetortScanCall {
   int32_t threads;
 };
 
+// Gradients of that scan where rows start from nothing; a chunk's states are scanned again.
+struct RetortScanGradientCall {
+  int64_t rows, channels, states, total, chunk;
+  const int64_t *counts, *offsets;
+  const int64_t* first_kept;         // of each row, the number of its first kept state
+  const float *a, *dt, *u, *b, *c;   // as in RetortScanCall
+  int64_t ld_dt, ld_u, ld_b, ld_c;
+  const float* kept;                 // [..., states, channels], after each chunk but a row's last
+  const float* grad;                 // of y, [total, channels]
+  float* grad_a;                     // [rows, states, channels], to be summed over rows
+  float *grad_dt, *grad_u;           // [total, channels]
+  float* grad_bc;  // [parts, total, 2, states], to be summed over parts of 128 channels
+  int32_t threads;
+};
+
 // Causal depthwise convolution of packed ragged rows, plus bias, through silu where asked for.
 struct RetortConvCall {
   int64_t rows, channels, kernel, silu;
@@ -330,6 +345,7 @@ struct RetortKernels {
   void (*fold)(const RetortFoldCall*);
   void (*retnet)(const RetortRetNetCall*);
   void (*scan)(const RetortScanCall*);
+  void (*scan_gradient)(const RetortScanGradientCall*);
   void (*convolution)(const RetortConvCall*);
   void (*mamba)(const RetortMambaCall*);
   void (*stack)(const RetortStackCall*);

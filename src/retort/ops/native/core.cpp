@@ -72,6 +72,9 @@ EXPORT void retort_retention(const RetortRetentionCall* call) { chosen->retentio
 EXPORT void retort_fold(const RetortFoldCall* call) { chosen->fold(call); }
 EXPORT void retort_retnet(const RetortRetNetCall* call) { chosen->retnet(call); }
 EXPORT void retort_scan(const RetortScanCall* call) { chosen->scan(call); }
+EXPORT void retort_scan_gradient(const RetortScanGradientCall* call) {
+  chosen->scan_gradient(call);
+}
 EXPORT void retort_convolution(const RetortConvCall* call) { chosen->convolution(call); }
 EXPORT void retort_mamba(const RetortMambaCall* call) { chosen->mamba(call); }
 EXPORT void retort_stack(const RetortStackCall* call) { chosen->stack(call); }
