@@ -78,8 +78,9 @@ def test_layers_may_be_named_and_wrong_ones_are_refused(tmp_path, tiny_llama):
     for wrong in ([], [1, 0], [0, 0], [0, 4], [-1, 2]):
         with pytest.raises(ConfigurationError, match="student_layer_indices"):
             init.keep_layers(model, wrong)
-    with pytest.raises(ConfigurationError, match="leave one of them out"):
-        build(tmp_path, **values, student_num_hidden_layers=1)
+    for rival in ({"student_num_hidden_layers": 1}, {"student_type": "dense_retnet"}):
+        with pytest.raises(ConfigurationError, match=f"{next(iter(rival))} says otherwise"):
+            build(tmp_path, **values, **rival)
 
 
 def test_influence_finds_the_layer_that_does_nothing():

@@ -54,12 +54,10 @@ def _rules(config: DistillConfig) -> Iterator[tuple[str, bool, str]]:
     yield "loss_chunk_size", config.loss_chunk_size >= 0, "it must be 0 (off) or more"
     yield "rollout_draft_budget", config.rollout_draft_budget >= 0, "it must be 0 or more"
     yield from _choices(config)
-    cut = config.student_layer_indices is None or config.student_num_hidden_layers is None
-    yield (
-        "student_layer_indices",
-        cut,
-        "student_num_hidden_layers chooses too: leave one of them out",
-    )
+    rivals = ("student_num_hidden_layers", "student_type")
+    rival = next((n for n in rivals if given(n) is not None), None)
+    alone = config.student_layer_indices is None or rival is None
+    yield "student_layer_indices", alone, f"{rival} says otherwise: leave one of them out"
     built = not config.warm_start or config.student_type is not None
     yield "warm_start", built, "it is for a student that is built: set student_type"
 
