@@ -51,6 +51,17 @@ def test_every_arm_decodes_the_same_tokens(folder, prompts, tmp_path):
     assert page.count("<section") == 2 and "http" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_record_names_files_and_no_folder(folder, prompts, tmp_path, monkeypatch, joined):
+    given = [f"--prompts={prompts}"] if joined else ["--prompts", str(prompts)]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/retort", "bench", "decode", *given])
+    assert bench(folder, prompts, tmp_path / "r.json", "--arms", "plain") == 0
+    text = (tmp_path / "r.json").read_text()
+    record = json.loads(text)["provenance"]
+    assert record["arguments"]["prompts"] == "prompts.jsonl"
+    assert record["command"][-1].endswith("prompts.jsonl") and str(tmp_path.parent) not in text
+
+
 PEER = """
 import json, sys
 print(json.dumps({"engine": "fake", "threads": sys.argv[3], "mode": sys.argv[4]}), flush=True)

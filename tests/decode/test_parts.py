@@ -164,7 +164,7 @@ def test_a_hopeless_drafter_loses_little_of_the_time_after_its_first_steps(rows,
             if n:
                 budget.observe(name, "d", n, 0, 0 if passes else 2)
         total += extra if step >= 200 else 0.0
-    assert 0 < total < 0.025 * 3800
+    assert 0 < total < 0.015 * 3800
 
 
 def test_only_one_row_of_a_model_drafter_tries_again():
@@ -250,14 +250,17 @@ class Eager:
         pass
 
 
-@pytest.mark.parametrize(("budget", "often"), [(_budget(1, 9.0), False), (3, True)])
-def test_where_drafts_never_pay_drafters_are_asked_less_often(budget, often):
+@pytest.mark.parametrize(
+    ("rows", "budget", "least", "most"),
+    [(1, _budget(1, 9.0), 0.9, 1.0), (8, _budget(1, 9.0), 0.2, 0.4), (8, 3, 0.9, 1.0)],
+)
+def test_where_drafts_never_pay_many_rows_are_asked_less_often(rows, budget, least, most):
+    """The first eight steps, then every fifth of eight rows; one row costs nothing to ask."""
     drafter = Eager()
     with Engine(toy(eos_token_id=None), drafter=drafter, draft_budget=budget) as engine:
-        engine.generate([[5, 6, 7]], max_new_tokens=50)
-        assert (engine.stats.draft_tokens > 0) == often
-        asked = drafter.asked / (engine.stats.steps - 1)
-    assert asked > 0.9 if often else 0.3 < asked < 0.5
+        engine.generate([[5, 6, 7]] * rows, max_new_tokens=60)
+        assert (engine.stats.draft_tokens > 0) == (budget == 3)
+        assert least < drafter.asked / (engine.stats.steps - 1) <= most
 
 
 def test_budgets_are_checked():

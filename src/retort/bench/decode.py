@@ -14,6 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def run(options: Namespace) -> None:
     torch.set_num_threads(options.threads)
     tokenizer = zoo.load_tokenizer(options.model)
     sets = {c: _prompts(options, tokenizer, c) for c in options.category or [None]}
-    record = Provenance.collect(vars(options)).to_dict()
+    record = _record(options)
     arms, peers = _arms(options), _peers(options)
     arms |= {name: arm for name, (arm, _) in peers.items()}
     told = {"provenance": record, "peers": {name: how for name, (_, how) in peers.items()}}
@@ -61,6 +62,22 @@ def run(options: Namespace) -> None:
         results.append(row)
         write_json(options.output, told | {"results": results})
     write_text(options.output.with_suffix(".html"), page(results, told["peers"]))
+
+
+def _record(options: Namespace) -> dict[str, Any]:
+    """What produced the numbers; files by their names, since nobody else has these folders."""
+    record = Provenance.collect(vars(options)).to_dict()
+    record["arguments"] = {name: _bare(value) for name, value in record["arguments"].items()}
+    record["command"] = [_bare(word) for word in record["command"]]
+    return record
+
+
+def _bare(value: Any) -> Any:
+    """A path's last part; of ``--flag=PATH`` too. What is no path stays as it is."""
+    if isinstance(value, Path):
+        return value.name
+    flag, equals, path = value.rpartition("=") if isinstance(value, str) else ("", "", "")
+    return f"{flag}{equals}{Path(path).name}" if Path(path).is_absolute() else value
 
 
 def _arms(options: Namespace) -> dict[str, Arm]:

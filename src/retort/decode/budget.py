@@ -107,7 +107,7 @@ class AutoBudget:
     margin: float = 1.2
     acceptance: Acceptance = field(default_factory=Acceptance)
     cost: PassCost = field(default_factory=PassCost)
-    exploring: float = 0.02
+    exploring: float = 0.01
     credit_steps: float = 8.0
     draft_seconds: dict[str, float] = field(default_factory=dict)
     _credit: float | None = field(default=None, repr=False)

@@ -24,7 +24,7 @@ from retort.provenance import versions, write_json
 
 Profile = dict[int, float]
 
-_SIZES = (1, 4, 8, 12, 16, 24, 32, 64)
+_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64)  # close where the knee lies
 _DAYS = 30
 _WORTH_KEEPING = 0.5  # seconds of measuring
 _SPREAD = 1.3  # most that a size's median may be of its best time, for a profile to be kept
