@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from retort.decode.engine import Engine
-from retort.decode.native_model import _packings
 from retort.decode.packed import PackedModel
+from retort.decode.packing import _packings
 from retort.ops import native
 from retort.ops.packing import PackedLinear
 from tests.decode.toys import prompts, reference, toy

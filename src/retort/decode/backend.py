@@ -11,9 +11,9 @@ from retort.cache.native import NativeAttentionRowCache, serves
 from retort.cache.varlen import VarlenAttentionRowCache
 from retort.cache.varlen import serves as varlen_serves
 from retort.decode.fusion import Inference
-from retort.decode.native_model import Lease, NativeModel
+from retort.decode.packing import Lease, Packing
 from retort.errors import ConfigurationError
-from retort.ops import native
+from retort.ops import native, prepacked
 from retort.ops.native.build import digest
 from retort.ops.native.invariant import row_invariant
 
@@ -43,17 +43,23 @@ def resolve(cpu_backend: str, model: Any) -> str:
 
 
 class Backend:
-    """The native core under one model while it decodes; `close` puts its modules back.
+    """The arithmetic under one model while it decodes; `close` puts the model's modules back.
 
     Backends on one model share its packed weights, made as the first of them asked.
 
     Args:
         weight_storage: "auto" (bf16 where that is exact) or "float32".
         release: drop original weights that only packed layers use, so that memory does not double.
+        prepack: on PyTorch's arithmetic, pack float32 weights once for its oneDNN.
     """
 
     def __init__(
-        self, model: Any, cpu_backend: str, release: bool = False, weight_storage: str = "auto"
+        self,
+        model: Any,
+        cpu_backend: str,
+        release: bool = False,
+        weight_storage: str = "auto",
+        prepack: bool = True,
     ) -> None:
         if weight_storage not in STORAGES:
             raise ConfigurationError(f"weight_storage={weight_storage!r} must be one of {STORAGES}")
@@ -61,14 +67,17 @@ class Backend:
         self._varlen = varlen_serves(model.device, model.dtype)
         self._lease: Lease | None = None
         self._model = weakref.ref(model)
-        if self.name == "native":
-            self._lease = Lease(model, weight_storage, release)
+        core = self.name == "native"
+        if core or (prepack and serves(model) and prepacked.available()):
+            self._lease = Lease(model, core, weight_storage, release)
 
     @property
     def key(self) -> list[Any]:
         """What decides how fast passes are, for things that are kept by it."""
         if self.packing is None:
             return [self.name]
+        if not self.packing.native:
+            return [self.name, "prepacked", self.packing.linears.nbytes]
         fused = [self.packing.layers is not None, self.packing.stack is not None]
         return [self.name, digest(), native.isa(), self.packing.linears.nbytes, *fused]
 
@@ -88,12 +97,12 @@ class Backend:
             self._lease.packing.fuse(model, inference)
 
     @property
-    def packing(self) -> NativeModel | None:
-        """What the native core made of the model; None on PyTorch's arithmetic."""
+    def packing(self) -> Packing | None:
+        """What was made of the model's layers; None where they are as they were."""
         return self._lease.packing if self._lease is not None else None
 
     def facts(self) -> dict[str, Any]:
-        """What of the model runs natively, and the names of what does not, with the reason."""
+        """What of the model runs packed or natively, what does not by name, and the reason."""
         linears = self.packing.linears if self.packing else None
         layers = self.packing.layers if self.packing else None
         return {
@@ -107,7 +116,7 @@ class Backend:
 
     def _is_one_call(self) -> bool:
         """Whether a step runs all layers in one native call; our recurrent models know."""
-        if self.packing is None:
+        if self.packing is None or not self.packing.native:
             return False
         runs_as_one_call = getattr(self._model(), "runs_as_one_call", None)
         return self.packing.stack is not None or bool(runs_as_one_call and runs_as_one_call())

@@ -45,7 +45,8 @@ class PackedModel:
         weight_storage: with the native core, "auto" keeps weights in bf16 where that is exact,
             "float32" never; the arithmetic is float32 either way.
         fuse_layers: with the native core, run decoder layers that it knows as one call.
-        release_weights: with the native core, keep packed weights only; `close` unpacks them.
+        release_weights: keep packed weights only; `close` unpacks them.
+        prepack: on "torch", pack float32 weights once for oneDNN, in a layout beside their own.
 
     Attributes:
         forward_passes, forward_tokens: what was computed so far; a rewind changes neither.
@@ -68,12 +69,13 @@ class PackedModel:
         release_weights: bool = False,
         weight_storage: str = "auto",
         fuse_layers: bool = True,
+        prepack: bool = True,
     ) -> None:
         if tape not in TAPES:
             raise ConfigurationError(f"tape={tape!r} must be one of {TAPES}")
         check_supported(model.config, type(model))
         self.model = model
-        self.backend = Backend(model, cpu_backend, release_weights, weight_storage)
+        self.backend = Backend(model, cpu_backend, release_weights, weight_storage, prepack)
         self.cache = self._new_cache(tape, max_draft)
         if fuse_layers and isinstance(self.cache, NativeAttentionRowCache):
             self.backend.fuse(model, _inference)

@@ -148,7 +148,7 @@ class StudentWriter:
 
     def _revise(self, engine: Engine, texts: list[Text], writing: Writing) -> None:
         # Scoring reads many tokens at once, where packing the weights first would not pay.
-        teacher = PackedModel(self.teacher, cpu_backend="torch")
+        teacher = PackedModel(self.teacher, cpu_backend="torch", prepack=False)
         reviser = Reviser(engine, teacher, self.settings.end_tokens, self.settings.rounds)
         writing.corrections += reviser.revise(texts)
         writing.counts += reviser.counts
