@@ -17,7 +17,8 @@ from retort.cache.rows import PackedRows, RowCache
 from retort.ops.attention import row_attention
 
 _GRANULE = 16
-_GROWTH = 1.25
+_ROOM = 1.25  # for what a row will read, and a little of what it will write
+_GROWTH = 1.5  # of a row that is full; storage stays below twice the tokens
 
 
 class AttentionRowCache(RowCache):
@@ -101,8 +102,9 @@ class AttentionRowCache(RowCache):
         for row, start, lo, hi in spans(layout):
             need = start + hi - lo
             if need > self._capacity[row]:
-                known = max(self._capacity[row], self._expected.pop(row, 0))
-                self._grow(row, start, _round_up(max(need, int(known * _GROWTH))))
+                room = int(self._expected.pop(row, 0) * _ROOM)
+                grown = int(self._capacity[row] * _GROWTH)
+                self._grow(row, start, _round_up(max(need, room, grown)))
 
     def _rewind(self, row: int, length: int) -> None:
         """Nothing to do: positions from ``length`` on are overwritten before they are read."""
@@ -125,7 +127,7 @@ class AttentionRowCache(RowCache):
         for layer in state[0]:
             whole = torch.cat([piece[layer] for piece in state], 2)
             known = max(whole.shape[2], self._expected.get(row, 0))
-            self._capacity[row] = _round_up(int(known * _GROWTH) + 1)
+            self._capacity[row] = _round_up(int(known * _ROOM) + 1)
             self._buffers[row][layer] = self._new_buffer(whole, self._capacity[row])
             self._buffers[row][layer][:, :, : whole.shape[2]] = whole
 

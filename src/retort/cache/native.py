@@ -23,6 +23,7 @@ class NativeAttentionRowCache(AttentionRowCache):
         self._ragged: RaggedLayout | None = None
         self._stack: tuple[tuple, StackBuffers] | None = None
         self._pointers: dict[int, tuple[tuple, RowBuffers]] = {}
+        self._single: dict[int, dict[int, RowBuffers]] = {}  # of each row and layer
         self._generation = 0
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple:
@@ -70,16 +71,19 @@ class NativeAttentionRowCache(AttentionRowCache):
 
     def _grow(self, row: int, used: int, capacity: int) -> None:
         self._generation += 1
+        self._single.pop(row, None)
         super()._grow(row, used, capacity)
 
     def _close(self, row: int) -> None:
         self._generation += 1
         self._pointers.clear()
+        self._single.pop(row, None)
         self._stack = None
         super()._close(row)
 
     def _copy_in(self, row: int, state: Any) -> None:
         self._generation += 1
+        self._single.pop(row, None)
         super()._copy_in(row, state)
 
     def _open_layer(self, layer_idx: int, like: Tensor) -> None:
@@ -94,10 +98,17 @@ class NativeAttentionRowCache(AttentionRowCache):
         key = (self._active().rows, self._generation)
         known = self._pointers.get(layer_idx)
         if known is None or known[0] != key:
-            buffers = [self._buffers[row][layer_idx] for row in key[0]]
-            known = key, RowBuffers([b[0] for b in buffers], [b[1] for b in buffers])
+            known = key, RowBuffers.joined([self._row(row, layer_idx) for row in key[0]])
             self._pointers[layer_idx] = known
         return known[1]
+
+    def _row(self, row: int, layer_idx: int) -> RowBuffers:
+        """One row's buffer of a layer: made once, since some row of a batch grows at most steps."""
+        layers = self._single.setdefault(row, {})
+        if layer_idx not in layers:
+            keys, values = self._buffers[row][layer_idx]
+            layers[layer_idx] = RowBuffers([keys], [values])
+        return layers[layer_idx]
 
 
 def serves(model: Any) -> bool:

@@ -65,7 +65,8 @@ class DenseRetNetPreTrainedModel(RecurrentModel, PreTrainedModel):
 
     def runs_as_one_call(self) -> bool:
         """See `RecurrentModel.runs_as_one_call`."""
-        return whole_call(self.base_model) is not None
+        backbone: Any = self.base_model
+        return whole_call(backbone) is not None
 
 
 class DenseRetNetModel(DenseRetNetPreTrainedModel):

@@ -63,9 +63,14 @@ class RowBuffers:
         keys: for each row ``[kv_heads, capacity, key_width]`` float32, contiguous, on the CPU.
         values: for each row ``[kv_heads, capacity, value_width]`` likewise.
 
+    Attributes:
+        addresses: where the keys of each row begin, then the values.
+
     Raises:
         ConfigurationError: a buffer is not as above.
     """
+
+    addresses: list[int]
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         if len(keys) != len(values):
@@ -77,12 +82,34 @@ class RowBuffers:
                 raise ConfigurationError(
                     f"key buffer {tuple(key.shape)} and value buffer {tuple(value.shape)} differ"
                 )
+        self._place(keys, values, [t.data_ptr() for t in (*keys, *values)])
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowBuffers]) -> RowBuffers:
+        """The rows of several, one after the other; nothing but their sizes is checked again.
+
+        Raises:
+            ConfigurationError: heads or widths differ, or there are none.
+        """
+        sizes = {(p.kv_heads, p.key_width, p.value_width) for p in parts}
+        if len(sizes) != 1:
+            raise ConfigurationError(f"buffers of one layer have one size, not {sorted(sizes)}")
+        whole = cls.__new__(cls)
+        keys, values = ([t for p in parts for t in p.tensors[i]] for i in (0, 1))
+        starts = [p.addresses[: len(p.capacities)] for p in parts]
+        ends = [p.addresses[len(p.capacities) :] for p in parts]
+        whole._place(keys, values, [a for some in (*starts, *ends) for a in some])
+        return whole
+
+    def _place(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], addresses: list[int]
+    ) -> None:
         self.tensors = tuple(keys), tuple(values)
         self.capacities = tuple(key.shape[1] for key in keys)
         self.kv_heads = keys[0].shape[0] if keys else 0
         self.key_width = keys[0].shape[2] if keys else 0
         self.value_width = values[0].shape[2] if values else 0
-        self._pointers = _int64s([t.data_ptr() for t in (*keys, *values)])
+        self.addresses, self._pointers = addresses, _int64s(addresses)
         self.keys = ctypes.addressof(self._pointers)
         self.values = self.keys + 8 * len(keys)
 
