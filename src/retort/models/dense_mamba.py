@@ -68,7 +68,8 @@ class DenseMambaPreTrainedModel(RecurrentModel, PreTrainedModel):
 
     def runs_as_one_call(self) -> bool:
         """See `RecurrentModel.runs_as_one_call`."""
-        return self.calls_core and native_layers(self.base_model) is not None
+        backbone: Any = self.base_model
+        return self.calls_core and native_layers(backbone) is not None
 
     def optional_weights(self) -> set[str]:
         """The gates, which a Mamba checkpoint has none of: they start at zero."""
