@@ -15,7 +15,7 @@ from retort.ops.native import build
 HERE = Path(__file__).parent
 KERNELS = (
     "linear", "attention", "elementwise", "decoder", "activation", "retention", "retnet", "scan",
-    "mamba", "race",
+    "scan_gradient", "mamba", "race",
 )  # fmt: skip
 OPTIONS = "halt_on_error=1:exitcode=66:detect_leaks=0:allocator_may_return_null=1"
 
