@@ -60,8 +60,8 @@ def test_it_equals_its_twin_and_reads_no_more_than_its_columns(isa):
 
 
 def test_the_bits_do_not_depend_on_threads_and_a_rows_not_on_its_company(isa):
-    inputs, c, _ = problem(16, 300, COUNTS)
-    rows, grad = TrainedRows(COUNTS), torch.randn(sum(COUNTS), 300)
+    inputs, c, _ = problem(16, 260, COUNTS)
+    rows, grad = TrainedRows(COUNTS), torch.randn(sum(COUNTS), 260)
 
     def run(count, inputs=inputs, c=c, rows=rows, grad=grad):
         before = torch.get_num_threads()
