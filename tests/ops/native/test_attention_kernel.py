@@ -241,3 +241,13 @@ def test_lengths_beyond_capacity_and_bad_buffers_are_refused():
         )
     with pytest.raises(ConfigurationError, match="sliding_window"):
         call(replace(MODELS[0], window=0))
+
+
+def test_rows_joined_one_by_one_are_the_buffers_of_all():
+    keys, values = ([torch.randn(2, capacity, 4) for capacity in (3, 8)] for _ in range(2))
+    single = [RowBuffers([k], [v]) for k, v in zip(keys, values, strict=True)]
+    joined, whole = RowBuffers.joined(single), RowBuffers(keys, values)
+    assert joined.addresses == whole.addresses and joined.capacities == whole.capacities == (3, 8)
+    assert joined.values - joined.keys == whole.values - whole.keys
+    with pytest.raises(ConfigurationError, match="one size"):
+        RowBuffers.joined([single[0], RowBuffers([torch.zeros(3, 8, 4)], [torch.zeros(3, 8, 4)])])
