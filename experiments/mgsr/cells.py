@@ -66,6 +66,11 @@ class Cell:
         """Whether the student is a DenseRetNet."""
         return self.stage.startswith("retnet-")
 
+    @property
+    def keeps_model(self) -> bool:
+        """Whether its trained student stays in the working folder."""
+        return self.stage not in ("tune", "joint")
+
 
 TEACHER = Cell("teacher", "sft", "sft", TUNING_SEED, learning_rate=5e-5)
 _HEALING = {"method": "kd", "seed": TUNING_SEED, "learning_rate": 1e-3}
@@ -95,6 +100,19 @@ def plan() -> list[Cell]:
             for cell in (*tuning(method), Cell("other", method, method, 1))
         ),
     ]
+
+
+def needs(cell: Cell) -> set[str]:
+    """Names of the cells whose models or results the cell reads."""
+    if cell == TEACHER:
+        return set()
+    if cell in (BASE, RETNET_BASE):
+        return {TEACHER.name}
+    if cell == JOINT:
+        return {RETNET_BASE.name, *(f"retnet-main-{method}-seed1" for method in RETNET_METHODS)}
+    start = (RETNET_BASE if cell.retnet else BASE).name
+    rates = [] if cell.stage == "tune" else [c.name for c in tuning(cell.method)]
+    return {TEACHER.name, start, *rates}
 
 
 def tuning(method: str) -> Iterator[Cell]:

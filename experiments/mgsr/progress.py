@@ -34,14 +34,17 @@ def expected(cell: Cell, settings: Settings) -> float:
 class Progress:
     """Says before and after each cell where the plan stands."""
 
-    def __init__(self, cells: Sequence[Cell], settings: Settings, places: Places) -> None:
-        self.cells, self.settings, self.places = cells, settings, places
+    def __init__(
+        self, cells: Sequence[Cell], settings: Settings, places: Places, jobs: int = 1
+    ) -> None:
+        self.cells, self.settings, self.places, self.jobs = cells, settings, places, jobs
 
     def __str__(self) -> str:
         """Cells done, and about how many minutes are left."""
         done = [c for c in self.cells if self.places.result(c.name).is_file()]
         left = [c for c in self.cells if c not in done]
         seconds = self.pace(done) * sum(expected(c, self.settings) for c in left)
+        seconds /= self.jobs
         return f"{len(done)} of {len(self.cells)} cells done, about {seconds / 60:.0f} min left"
 
     def pace(self, done: Sequence[Cell]) -> float:

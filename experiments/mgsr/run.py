@@ -1,6 +1,6 @@
 """The experiment: which distillation method teaches a half-depth student most, token for token?
 
-    OMP_NUM_THREADS=2 python experiments/mgsr/run.py --data FOLDER --work-dir runs/mgsr
+    OMP_NUM_THREADS=1 python experiments/mgsr/run.py --data FOLDER --work-dir runs/mgsr --jobs 2
 
 Each cell is a process of its own and leaves ``results/<cell>.json``. A cell that was killed goes
 on from its newest checkpoint when the command is given again; finished cells are not repeated.
@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import TEACHER, Cell, plan
+from cells import TEACHER, Cell, needs, plan
+from lanes import run_all
 from progress import Progress, expected
 from settings import Places, Settings, add_settings, from_options
 
@@ -39,11 +40,13 @@ def main() -> None:
             print(f"{expected(cell, settings) / 60:5.1f} min  {cell.name}")
         return
     check_settings(settings, places)
-    progress = Progress(cells, settings, places)
-    for cell in cells:
-        if not places.result(cell.name).is_file():
-            print(f"{progress}; now {cell.name}", flush=True)
-            start(cell)
+    progress = Progress(cells, settings, places, options.jobs)
+
+    def announced(cell: Cell) -> None:
+        print(f"{progress}; now {cell.name}", flush=True)
+        start(cell)
+
+    run_all(unfinished(cells, places), options.jobs, announced)
     print(progress)
 
 
@@ -64,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--only", nargs="+", help="cells whose names start like this")
     parser.add_argument("--until", help="the last cell of the plan that is run")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time (default: 1)")
     parser.add_argument("--cells", action="store_true", help="list the cells and what they take")
     parser.add_argument("--cell", help="run this one cell, in this process")
     add_settings(parser)
@@ -80,6 +84,18 @@ def check_settings(settings: Settings, places: Places) -> None:
     different = sorted(k for k, v in settings.record().items() if kept.get(k) != v)
     if different:
         sys.exit(f"{path} has other values of {different}: name another --results folder")
+
+
+def unfinished(cells: list[Cell], places: Places) -> list[Cell]:
+    """Cells without a result, and those whose model they read and that is gone."""
+    found, read = list[Cell](), set[str]()
+    for cell in reversed(cells):
+        done = places.result(cell.name).is_file()
+        gone = cell.keeps_model and not places.model(cell.name).is_dir()
+        if not done or (cell.name in read and gone):
+            found.insert(0, cell)
+            read |= needs(cell)
+    return found
 
 
 def start(cell: Cell) -> None:
@@ -130,7 +146,7 @@ def measure(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
         "training": train(cell, settings, places),
     }
     folder = places.model(cell.name)
-    if cell.stage == "tune":
+    if not cell.keeps_model:
         found["validation"] = validation(folder, settings, places)
         shutil.rmtree(folder)  # only the number is needed
     else:

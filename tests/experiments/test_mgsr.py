@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,8 +77,45 @@ def test_names_are_unique_and_the_first_seed_of_the_main_table_comes_first(exper
     joint = order.index("joint-drafters-seed1")
     assert all(order.index(f"retnet-main-{m}-seed1") < joint for m in cells.RETNET_METHODS)
     for index, each in enumerate(plan):  # what a cell reads comes before it
+        assert cells.needs(each) <= set(order[:index])
         if each.learning_rate is None and each.stage != "joint":
-            assert all(order.index(t.name) < index for t in cells.tuning(each.method))
+            assert {t.name for t in cells.tuning(each.method)} <= cells.needs(each)
+
+
+def test_cells_run_side_by_side_once_what_they_read_is_done(experiment):
+    import lanes
+
+    plan, lock = experiment["cells"].plan(), threading.Lock()
+    running, ended, most = set(), [], 0
+
+    def start(each):
+        nonlocal most
+        with lock:
+            running.add(each.name)
+            most = max(most, len(running))
+            assert experiment["cells"].needs(each) <= set(ended)
+        time.sleep(0.002)
+        with lock:
+            running.remove(each.name)
+            ended.append(each.name)
+
+    lanes.run_all(plan, 3, start)
+    assert sorted(ended) == sorted(c.name for c in plan) and most == 3
+    with pytest.raises(SystemExit, match="teacher"):
+        lanes.run_all(plan, 2, start=lambda each: sys.exit(each.name))
+
+
+def test_a_cell_whose_model_is_gone_is_trained_again_for_those_that_read_it(experiment, toy):
+    run, places, plan = experiment["run"], toy[1], experiment["cells"].plan()
+    places.results.mkdir()
+    for each in plan:
+        if each.name != "main-kd-seed2":
+            places.result(each.name).write_text("{}")
+    places.model("base-sft+kd-seed0").mkdir(parents=True)
+    found = [c.name for c in run.unfinished(plan, places)]
+    assert found == ["teacher-sft-seed0", "main-kd-seed2"]
+    places.result("main-kd-seed2").write_text("{}")
+    assert run.unfinished(plan, places) == []
 
 
 def test_cells_chain_and_tuning_chooses_the_rate(experiment, toy):
