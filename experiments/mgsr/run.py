@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import TEACHER, Cell, needs, plan
+from cells import TEACHER, Cell, needs, plan, tuning
 from lanes import run_all
 from progress import Progress, expected
 from settings import Places, Settings, add_settings, from_options
@@ -148,10 +148,11 @@ def measure(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
     folder = places.model(cell.name)
     if not cell.keeps_model:
         found["validation"] = validation(folder, settings, places)
-        shutil.rmtree(folder)  # only the number is needed
     else:
         found["tests"] = tests(folder, settings, places)
-        remove_checkpoints(folder)
+    remove_checkpoints(folder)
+    if cell.stage in ("main", "other"):
+        remove_tuned(cell, places)
     return found
 
 
@@ -159,6 +160,12 @@ def remove_checkpoints(folder: Path) -> None:
     """Keep the model, let its optimiser states go."""
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
+
+
+def remove_tuned(cell: Cell, places: Places) -> None:
+    """Students of the rates that lost."""
+    for each in tuning(cell.method):
+        shutil.rmtree(places.model(each.name), ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Settings:
     base_tokens: int = 160_000
     retnet_tokens: int = 120_000
     method_tokens: int = 48_000
-    tuning_tokens: int = 16_000  # 0: no tuning, every method takes the grid's first rate
+    tuning_tokens: int = 48_000  # 0: no tuning, every method takes the grid's first rate
     train_rows: int = 6_000
     max_length: int = 192
     max_completion_length: int = 64  # of what the student writes and of the rows that are kept
@@ -32,7 +32,7 @@ class Settings:
     bf16: int = 1  # training passes under bf16 autocast, weights and writing stay float32
     scrg_warmup_steps: int = 4
     prompts: int = 60
-    validation_prompts: int = 120
+    validation_prompts: int = 240
     prompt_tokens: int = 256
     max_new_tokens: int = 64
     joint_prompts: int = 40

@@ -22,9 +22,23 @@ INFLUENCE_ROWS = 32
 
 def train(cell: Cell, settings: Settings, places: Places) -> dict[str, Any]:
     """Run (or go on with) the cell's training and return what it took."""
+    tuned, folder = tuned_model(cell, settings, places), places.model(cell.name)
+    if tuned is not None and not folder.is_dir():
+        tuned.rename(folder)
     config = configuration(cell, settings, places)
-    run(config, [TokenBudget(settings.tokens(cell.stage))])
-    return summary(places.model(cell.name))
+    if not (folder / "trainer_state.json").is_file():  # the last that a run writes
+        run(config, [TokenBudget(settings.tokens(cell.stage))])
+    return summary(folder)
+
+
+def tuned_model(cell: Cell, settings: Settings, places: Places) -> Path | None:
+    """The tuning run of the same method, seed, rate and budget, if its student is there."""
+    if cell.stage not in ("main", "other") or settings.tuning_tokens != settings.method_tokens:
+        return None
+    rate = learning_rate(cell, settings, places)
+    twin = next((c for c in tuning(cell.method) if c.learning_rate == rate), None)
+    found = twin and twin.seed == cell.seed and places.model(twin.name)
+    return found if found and found.is_dir() else None
 
 
 def configuration(cell: Cell, settings: Settings, places: Places) -> DistillConfig:

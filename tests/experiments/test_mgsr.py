@@ -118,14 +118,18 @@ def test_a_cell_whose_model_is_gone_is_trained_again_for_those_that_read_it(expe
     assert run.unfinished(plan, places) == []
 
 
-def test_cells_chain_and_tuning_chooses_the_rate(experiment, toy):
-    """In bf16, as the real run is."""
-    settings, places = replace(toy[0], bf16=1), toy[1]
+@pytest.mark.parametrize("tuning_tokens", [100, 300])
+def test_cells_chain_and_tuning_chooses_the_rate(experiment, toy, tuning_tokens, monkeypatch):
+    """In bf16, as the real run is. Tuning runs of the whole budget are not trained again."""
+    settings, places = replace(toy[0], bf16=1, tuning_tokens=tuning_tokens), toy[1]
     rates = experiment["cells"].LEARNING_RATES
-    tuned = [f"tune-mgsr-{rate:g}-seed0" for rate in rates]
+    tuned = [f"tune-mgsr-{rate:g}-seed1" for rate in rates]
     names = ["teacher-sft-seed0", "base-sft+kd-seed0", *tuned, "main-mgsr-seed1"]
     for name in names:
+        if name == names[-1] and tuning_tokens == settings.method_tokens:
+            monkeypatch.setattr("training.run", lambda *_: pytest.fail("trained again"))
         experiment["run"].run_cell(cell(experiment, name), settings, places)
+    assert not any(places.model(name).is_dir() for name in tuned)
     record = json.loads(places.result("main-mgsr-seed1").read_text())
     trials = [json.loads(places.result(name).read_text()) for name in tuned]
     best = max(trials, key=lambda trial: trial["validation"]["mean"])
