@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=2 python bench/distill_loss.py --output bench-distill-loss.json
 
-`dense` is the loss as trainers in wide use write it (whole logits of both models, two
-log-softmaxes, `kl_div` with `log_target`, in plain torch); `chunked` is Retort's, from hidden
-states and head, `at once` the same without chunks. All start from the same hidden states, heads
-and targets and end with gradients of the student's hidden states and head; values and gradients
-are compared first.
+`dense` is forward KL in plain torch (whole logits of both models, two log-softmaxes, `kl_div`);
+`TRL's loss` its GKD trainer's `generalized_jsd_loss` at beta = 0 on the same logits, where TRL is
+installed; `chunked` is Retort's, from hidden states and head, `at once` the same without chunks.
+All start from the same hidden states, heads and targets and end with gradients of the student's
+hidden states and head; values and gradients are compared first.
 
 Peak memory is counted inside torch's CPU allocator through its profiler (every allocation and
 release with its size), so that neither the C library's habits nor Python's objects count. What
@@ -17,6 +17,7 @@ and versions, and prints a table.
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -56,6 +57,17 @@ def dense(data):
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
 
 
+def trl_loss(data):
+    """What TRL's GKD trainer computes of both models' logits."""
+    from trl.experimental.gkd import GKDTrainer
+
+    student = data.heads[0](data.hidden[0])
+    with torch.no_grad():
+        teacher = data.heads[1](data.hidden[1])
+    logits = student[None], teacher[None]
+    return GKDTrainer.generalized_jsd_loss(*logits, labels=data.targets[None], beta=0)
+
+
 def retort_loss(data, terms, size, pairs=None):
     signal = HeadSignal(data.hidden[1], data.heads[1])
     sums = chunked_loss(
@@ -72,6 +84,8 @@ def candidates(data):
         "dense": lambda: dense(data),
         "retort, all at once": lambda: retort_loss(data, kl, None),
     }
+    if find_spec("trl"):
+        made["TRL's loss"] = lambda: trl_loss(data)
     for size in (32, 64, 128, 256):
         made[f"chunked, {size}"] = lambda size=size: retort_loss(data, kl, size)
     made["mgsr at once"] = lambda: retort_loss(data, mgsr, None, data.pairs)
@@ -100,28 +114,35 @@ def peak_bytes(data, loss):
 
 
 def check(data, made):
-    """Chunked equals dense in value and gradients."""
-    ends = {}
-    for name in ("dense", "chunked, 64"):
-        value = step(data, made[name])
-        ends[name] = value, data.hidden[0].grad.clone(), data.heads[0].weight.grad.clone()
-    (a, *left), (b, *right) = ends.values()
-    apart = [float((x - y).abs().max() / x.abs().max()) for x, y in zip(left, right, strict=True)]
-    return {"value": abs(a - b) / abs(a), "hidden": apart[0], "head": apart[1]}
+    """How far value and gradients are from the chunked loss, relative to the greatest."""
+
+    def ends(name):
+        value = torch.tensor(step(data, made[name]))
+        return value, data.hidden[0].grad.clone(), data.heads[0].weight.grad.clone()
+
+    chunked, apart = ends("chunked, 64"), {}
+    for name in [name for name in ("dense", "TRL's loss") if name in made]:
+        pairs = zip(("value", "hidden", "head"), ends(name), chunked, strict=True)
+        apart[name] = {k: float((a - b).abs().max() / a.abs().max()) for k, a, b in pairs}
+    return apart
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("tokens", 2048), ("vocab", 49152), ("width", 576), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--only", nargs="*", help="names of candidates; dense comes with them")
+    parser.add_argument("--only", nargs="*", help="names of candidates; dense ones come with them")
     parser.add_argument("--output", type=Path, default=Path("bench-distill-loss.json"))
     args = parser.parse_args()
     data = Data(args.tokens, args.vocab, args.width)
     made = candidates(data)
     apart = check(data, made)
     if args.only is not None:
-        made = {n: m for n, m in made.items() if n in ("dense", "mgsr at once", *args.only)}
+        made = {
+            n: m
+            for n, m in made.items()
+            if n in ("dense", "TRL's loss", "mgsr at once", *args.only)
+        }
     times = {name: [] for name in made}
     for _ in range(args.repeats):  # all take turns
         for name, loss in made.items():
@@ -132,7 +153,8 @@ def main():
     rows = {n: {"mb": peaks[n] / 1e6, "seconds": median(times[n])} for n in made}
     record = Provenance.collect({**vars(args), "output": None}).to_dict() | {"command": []}
     write_json(args.output, {"provenance": record, "apart": apart, "rows": rows})
-    print("relative difference of chunked from dense:", {k: f"{v:.1e}" for k, v in apart.items()})
+    for name, far in apart.items():
+        print(f"chunked from {name}, relative:", {k: f"{v:.1e}" for k, v in far.items()})
     for name, row in rows.items():
         base = rows["mgsr at once" if name.startswith("mgsr") else "dense"]
         share, seconds = base["mb"] / row["mb"], row["seconds"]
