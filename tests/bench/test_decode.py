@@ -34,7 +34,8 @@ def bench(folder, prompts, out, *flags):
 def test_every_arm_decodes_the_same_tokens(folder, prompts, tmp_path):
     out = tmp_path / "r.json"
     chosen = ["plain", "auto", "padded k=7", "hopeless", "hopeless model", *arms.TRANSFORMERS[:2]]
-    sizes = ["--batch-sizes", "1", "2", "--num-prompts", "2"]
+    chosen += ["draft model", "draft model k=4"]
+    sizes = ["--batch-sizes", "1", "2", "--num-prompts", "2", "--draft-model", str(folder)]
     flags = ["--category", "long", "short", *sizes, "--arms", *chosen]
     assert bench(folder, prompts, out, *flags) == 0
     data = json.loads(out.read_text())
@@ -46,6 +47,8 @@ def test_every_arm_decodes_the_same_tokens(folder, prompts, tmp_path):
     ]  # fmt: skip
     drafted = {r["arm"]: r["drafted_rows"] for r in data["results"] if r["category"] == "short"}
     assert drafted["plain"] == 0 and drafted["padded k=7"] > 0
+    own = next(r for r in data["results"] if r["arm"] == "draft model k=4")
+    assert own["accepted_tokens"] == own["draft_tokens"] > 0  # the model drafts for itself
     assert {r["category"] for r in data["results"]} == {"long", "short"}
     page = out.with_suffix(".html").read_text()
     assert page.count("<section") == 2 and "http" not in page.replace("http://www.w3.org", "")

@@ -19,6 +19,7 @@ from retort.errors import ConfigurationError
 from retort.evaluate.decoding import Arm, Measurement, Tokens, grouped_arm
 
 LOOKUP = "prompt-lookup"
+DRAFT_MODEL = "draft-model"  # stands for the model that --draft-model names
 
 
 class Hopeless:
@@ -56,6 +57,8 @@ ENGINES: dict[str, tuple[type[Engine], Options]] = {
     "auto fp32 weights": (Engine, {"drafter": LOOKUP, "weight_storage": "float32"}),
     "hopeless": (Engine, {"drafter": Hopeless}),
     "hopeless model": (Engine, {"drafter": hopeless_model}),
+    "draft model": (Engine, {"drafter": DRAFT_MODEL}),
+    "draft model k=4": (Engine, {"drafter": DRAFT_MODEL, "draft_budget": 4}),
     "unpadded k=7": (Engine, {"drafter": LOOKUP, "draft_budget": 7}),
     # The padded method runs layer by layer in PyTorch: this is the arm that differs in padding only
     "unpadded k=7 unfused": (
@@ -86,7 +89,14 @@ def weights_of(name: str) -> tuple:
     return fused, options.get("weight_storage"), options.get("cpu_backend")
 
 
-def build_engine(model: Any, name: str, max_batch_size: int, prefix_tokens: int = 0) -> Engine:
+def drafts_by_model(name: str) -> bool:
+    """Whether the arm needs a draft model of the user's."""
+    return name in ENGINES and ENGINES[name][1].get("drafter") == DRAFT_MODEL
+
+
+def build_engine(
+    model: Any, name: str, max_batch_size: int, prefix_tokens: int = 0, draft_model: Any = None
+) -> Engine:
     """The engine of an arm; see `Engine` for ``prefix_tokens``."""
     engine_class, options = ENGINES[name]
     if prefix_tokens and engine_class is Engine:
@@ -94,6 +104,8 @@ def build_engine(model: Any, name: str, max_batch_size: int, prefix_tokens: int 
     drafter = options.get("drafter")
     if drafter is Hopeless:
         drafter = Hopeless()
+    elif drafter == DRAFT_MODEL:
+        drafter = draft_model
     elif callable(drafter):
         drafter = drafter(model)
     given = {**options, "drafter": drafter}

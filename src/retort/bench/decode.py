@@ -23,6 +23,7 @@ from retort.bench.arms import (
     ARMS,
     ENGINES,
     build_engine,
+    drafts_by_model,
     openvino_arm,
     transformers_arm,
     weights_of,
@@ -84,6 +85,10 @@ def _arms(options: Namespace) -> dict[str, Arm]:
     unknown = sorted(set(options.arms) - set(ARMS))
     if unknown:
         raise ConfigurationError(f"--arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
+    drafted = any(map(drafts_by_model, options.arms))
+    if drafted and not options.draft_model:
+        raise ConfigurationError("--arms 'draft model' needs --draft-model: which one drafts?")
+    drafts = zoo.load_model(options.draft_model, dtype="float32") if drafted else None
     load = partial(zoo.load_model, options.model, dtype="float32")
     size = max(options.batch_sizes)
     kept = 4 * max(options.num_prompts) * options.prompt_tokens if options.keep_prefixes else 0
@@ -94,7 +99,7 @@ def _arms(options: Namespace) -> dict[str, Arm]:
             kind = weights_of(name)
             if kind not in models:
                 models[kind] = load()
-            arms[name] = engine_arm(build_engine(models[kind], name, size, kept))
+            arms[name] = engine_arm(build_engine(models[kind], name, size, kept, drafts))
         else:
             arms[name] = transformers_arm(load(), name)
     return arms

@@ -15,6 +15,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", required=True, type=Path, help="JSONL with `prompt`, `category`")
     add("--category", nargs="+", help="use the prompts of these categories, one after the other")
     add("--model", default="smollm2-135m-instruct", help="zoo name, hub id or folder")
+    add("--draft-model", help="of the arms 'draft model': zoo name, hub id or folder")
     add("--arms", nargs="+", default=["plain", "auto"], metavar="ARM", help="see docs/speed.md")
     add("--batch-sizes", nargs="+", type=_positive, default=[1, 4, 8, 16])
     add(
