@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from retort.decode.engine import Engine
 from retort.decode.packed import PackedModel
 from retort.decode.sampling import RESAMPLE, draw
 from retort.distill.builders import dense_retnet_student
@@ -23,9 +24,9 @@ def models(kind="llama", **changes):
     return dense_retnet_student(teacher, 2).double(), teacher
 
 
-def write(student, teacher, top_k, limit=8, seeds=None, **changes):
+def write(student, teacher, top_k, limit=8, seeds=None, revise=False, **changes):
     made = WritingSettings((0,), limit, 64, interleave_top_k=top_k, **changes)
-    return StudentWriter(student, teacher, made).write(PROMPTS, seeds=seeds)
+    return StudentWriter(student, teacher, made).write(PROMPTS, revise, seeds)
 
 
 @pytest.mark.parametrize("kind", ["llama", "dense_retnet"])
@@ -93,17 +94,27 @@ def test_a_wider_students_vocabulary_is_cut():
     assert max(tokens) < 258
 
 
-@pytest.mark.parametrize("top_k", [0, 25])
-def test_a_row_that_fails_ends_the_step_and_trains_nothing(monkeypatch, top_k):
+@pytest.mark.parametrize(
+    ("top_k", "revise", "rewritten"),
+    [(0, False, False), (25, False, False), (25, False, True), (0, True, True)],
+)
+def test_a_row_that_fails_ends_the_step_and_trains_nothing(monkeypatch, top_k, revise, rewritten):
+    """In its first text as well as in what is written after a correction."""
     from retort.decode import stopping
 
-    whole = stopping._ends
+    whole, rewind, again = stopping._ends, Engine.rewind, set()
+
+    def noted(engine, request_id, *arguments, **keywords):
+        again.add(request_id)
+        rewind(engine, request_id, *arguments, **keywords)
 
     def failing(request, token):
-        if request.index == 1 and len(request.output) == 2:
+        begun = request.id in again if rewritten else len(request.output) == 2
+        if request.index == 1 and begun:
             raise ValueError("not a number")
         return whole(request, token)
 
+    monkeypatch.setattr(Engine, "rewind", noted)
     monkeypatch.setattr(stopping, "_ends", failing)
     with pytest.raises(RetortError, match=r"row 1 .*not a number"):
-        write(*models(), top_k)
+        write(*models(), top_k, revise=revise)

@@ -46,7 +46,7 @@ class DacSettings:
     """`learned`: a token whose band keeps less falls back to the full band ..."""
     max_hidden: float = 0.1
     """... and so does one whose band hides more than this share of its KL."""
-    dual_rate: float = 0.1
+    dual_rate: float = 2.0
     dual_max: float = 20.0
     dual_min: float = 1.0
     """Keeps the constraint priced while it is slack. From 0, where it winds down to while the band

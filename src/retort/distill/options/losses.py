@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from retort.distill.losses import DIVERGENCES, SPAN_DISTANCES
+from retort.distill.losses import DIVERGENCES, SPAN_DISTANCES, DacSettings
 from retort.train.arguments import say
 
 
@@ -32,16 +32,26 @@ class LossOptions:
     loss_chunk_size: int = say(
         64, "Tokens whose logits exist at once; 0: all (faster, but holds tokens × vocabulary)."
     )
-    dac_mode: str = say("learned", "Band of DAC-KL: learned (under the constraint) or fixed.")
-    dac_top_k: int = say(64, "K: the teacher's likeliest tokens that DAC-KL looks at.")
-    dac_temperature: float = say(0.02, "τ: softness of the band's edges.")
-    dac_coverage: float = say(0.95, "Least mean share of the top-K's mass that a band keeps.")
-    dac_min_coverage: float = say(0.8, "A token below this share falls back to the full band.")
-    dac_max_hidden: float = say(0.1, "So does one whose band hides more of its KL than this.")
+    dac_mode: str = say(
+        DacSettings.mode, "Band of DAC-KL: learned (under the constraint) or fixed."
+    )
+    dac_top_k: int = say(
+        DacSettings.top_k, "K: the teacher's likeliest tokens that DAC-KL looks at."
+    )
+    dac_temperature: float = say(DacSettings.tau, "τ: softness of the band's edges.")
+    dac_coverage: float = say(
+        DacSettings.coverage, "Least mean share of the top-K's mass that a band keeps."
+    )
+    dac_min_coverage: float = say(
+        DacSettings.min_coverage, "A token below this share falls back to the full band."
+    )
+    dac_max_hidden: float = say(
+        DacSettings.max_hidden, "So does one whose band hides more of its KL than this."
+    )
     dac_lower: float | None = say(None, "Lower end of a fixed band; by default all is kept.")
     dac_upper: float | None = say(None, "Upper end of a fixed band.")
-    dac_dual_rate: float = say(2.0, "Step of the constraint's dual variable.")
-    dac_dual_max: float = say(20.0, "Largest value of the dual variable.")
+    dac_dual_rate: float = say(DacSettings.dual_rate, "Step of the constraint's dual variable.")
+    dac_dual_max: float = say(DacSettings.dual_max, "Largest value of the dual variable.")
     dac_learning_rate: float = say(1e-3, "Learning rate of the sub-network that sets the band.")
     span_distance: str = say("l2", f"Distance of correlations: {', '.join(SPAN_DISTANCES)}.")
     span_chunker: str = say("punctuation", "Finds spans: punctuation, spacy, random.")

@@ -26,7 +26,9 @@ class SequenceOptions:
     interleave_top_k: int | None = say(
         None, "K of speculative KD: the teacher replaces student tokens below its K; 0: off."
     )
-    rollout_batch_size: int = say(16, "Rows that are written at once.")
+    rollout_batch_size: int = say(
+        16, "Rows that are written at once; a place is refilled when its text ends."
+    )
     rollout_drafter: str | None = say(
         None, "'prompt-lookup' speculates while the student writes; the text stays the same."
     )

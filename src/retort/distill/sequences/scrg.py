@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from retort.decode.engine import Engine
+from retort.decode.outputs import require_whole
 from retort.decode.packed import PackedModel
 from retort.distill.losses.divergence import forward_kl
 from retort.distill.signals import log_probabilities
@@ -34,7 +35,7 @@ from retort.distill.signals import log_probabilities
 
 @dataclass
 class Text:
-    """A text that the student wrote, in a held row of the engine.
+    """A text that the student wrote, in a held row of the engine where it is to be corrected.
 
     ``limit`` is N; ``tokens`` end with an end token unless the limit came first.
     """
@@ -199,7 +200,7 @@ class Reviser:
                 waiting[text.request_id] = text
         started = self.engine.target.forward_tokens
         while waiting:
-            for output in self.engine.step():
+            for output in require_whole(self.engine.step()):
                 waiting.pop(output.request_id).tokens = list(output.token_ids)
         self.counts.student_rewritten_tokens += self.engine.target.forward_tokens - started
 

@@ -22,7 +22,7 @@ class WritingSettings:
     Attributes:
         end_tokens: ids that end a text.
         max_completion_length: N; ``max_length`` bounds prompt + completion.
-        batch_size: rows written at once, and held for revision.
+        batch_size: rows written at once; those that the teacher corrects are held together.
         drafter, draft_budget: fixed speculation, which never changes the text.
         rounds: SCRG's corrections of a text.
         do_sample, temperature: draw tokens, from the distribution at this temperature.
@@ -79,22 +79,25 @@ class StudentWriter:
     def write(
         self, prompts: Sequence[list[int]], revise: bool = False, seeds: Sequence[int] | None = None
     ) -> Writing:
-        """Complete ``prompts``; with ``revise`` a batch is revised before the next is written.
+        """Complete ``prompts``, each place of the batch refilled as soon as its text has ended.
 
-        ``seeds`` are the noise of each text where tokens are drawn (0 by default).
+        Where the teacher corrects (``revise``, or speculative KD), texts are held, and a batch is
+        done with before the next is begun. ``seeds`` are the noise of each text where tokens are
+        drawn (0 by default).
         """
-        size, writing = self.settings.batch_size, Writing()
+        corrects, writing = revise or self.settings.interleave_top_k > 0, Writing()
         noise = [0] * len(prompts) if seeds is None else list(seeds)
-        with self._engine(rewinds=revise or self.settings.interleave_top_k > 0) as engine:
+        size = self.settings.batch_size if corrects else max(len(prompts), 1)
+        with self._engine(rewinds=corrects) as engine:
             for start in range(0, len(prompts), size):
                 batch = prompts[start : start + size], noise[start : start + size]
-                texts = self._write(engine, *batch)
+                texts = self._write(engine, *batch, hold=corrects)
                 if self.settings.interleave_top_k:
                     self._interleave(engine, texts, batch[1], writing)
                 writing.written_tokens += sum(len(text.tokens) for text in texts)
                 if revise:
                     self._revise(engine, texts, writing)
-                for text in texts:
+                for text in texts if corrects else ():
                     engine.release(text.request_id)
                 writing.texts += texts
         return writing
@@ -114,7 +117,7 @@ class StudentWriter:
         )
 
     def _write(
-        self, engine: Engine, prompts: Sequence[list[int]], seeds: Sequence[int]
+        self, engine: Engine, prompts: Sequence[list[int]], seeds: Sequence[int], hold: bool
     ) -> list[Text]:
         settings, texts = self.settings, {}
         for prompt, seed in zip(prompts, seeds, strict=True):
@@ -127,7 +130,7 @@ class StudentWriter:
                 temperature=settings.temperature,
                 seed=seed,
             )
-            rid = engine.add_request(prompt, params, hold=True)
+            rid = engine.add_request(prompt, params, hold=hold)
             texts[rid] = Text(rid, list(prompt), [], limit)
         while engine.has_unfinished():
             for output in require_whole(engine.step()):
