@@ -1,10 +1,10 @@
-"""Final numbers and variety of words."""
+"""Final numbers that match."""
 
 from decimal import Decimal
 
 import pytest
 
-from retort.evaluate.answers import distinct_n, exact_match, final_number
+from retort.evaluate.answers import exact_match, final_number
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,3 @@ def test_the_final_number(text, number):
 def test_exact_match_compares_values():
     assert exact_match("It is 3.0", "3") == 1 and exact_match("It is 3.1", "3") == 0
     assert exact_match("no idea", "no") == 0
-
-
-def test_distinct_n_counts_by_hand():
-    assert distinct_n(["a b a b", "b"], 1) == 2 / 5
-    assert distinct_n(["a b a b", "b"], 2) == 2 / 3
-    assert distinct_n(["b"], 2) == 0

@@ -1,6 +1,7 @@
 """One table out of many runs: cells kept by hash, verdicts, a page, bad input."""
 
 import json
+import math
 
 import pytest
 
@@ -8,7 +9,9 @@ from retort.cli import run as command
 from retort.errors import ConfigurationError
 from retort.evaluate import runs as evaluating
 from retort.evaluate.cells import Judge
-from retort.evaluate.runs import EvaluationSettings, compare, evaluate_runs
+from retort.evaluate.comparing import compare
+from retort.evaluate.runs import EvaluationSettings, evaluate_runs
+from retort.evaluate.scores import STATISTICS
 from tests.distill.toys import llama, tokenizer
 
 SETTINGS = EvaluationSettings(max_new_tokens=4)
@@ -37,12 +40,51 @@ def table(place, output, teacher=None):
 def test_cells_hold_what_their_rows_allow_and_link_run_and_seed(place, tmp_path):
     found = table(place, tmp_path, str(place / "teacher"))
     qa, plain = found["cells"][:2]
-    wanted = {"rouge_l", "exact_match", "perplexity", "distinct_1", "distinct_2", "tokens"}
+    wanted = {"rouge_l", "exact_match", "reference_perplexity", "distinct_1", "distinct_2"}
+    wanted |= {"tokens"}
     taught = {"acceptance", "exposure_bias", "tokens_per_step"}
     assert set(qa["metrics"]) == wanted | taught and set(plain["metrics"]) == {"perplexity"}
     assert qa["seed"] == 1 and qa["run"].endswith("first") and len(qa["scores"]["rouge_l"]) == 4
     assert 1 <= qa["metrics"]["tokens_per_step"] <= 5 and 0 < qa["metrics"]["acceptance"] <= 1
     assert [c["seed"] for c in found["cells"]] == [1, 1, 2, 2]
+    assert set(qa["scored"].values()) == {4} and plain["scored"] == {"perplexity": 1}
+
+
+def test_what_a_row_lacks_is_left_out_of_that_number_alone(place, tmp_path):
+    """Four rows as above, one without a reference, one without an answer, and a plain text."""
+    rows = [*map(dict, ROWS), {"text": "the cat sat on the mat"}]
+    rows[1] |= {"reference": ""}
+    rows[2] |= {"reference": ["", "2 cats"], "answer": " "}
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [place / "qa.jsonl", place / "plain.jsonl", tmp_path / "mixed.jsonl"]
+    found = evaluate_runs([str(place / "first")], data, tmp_path, SETTINGS)
+    whole, plain, mixed = found["cells"]
+    kept = {"rouge_l": [0, 2, 3], "exact_match": [0, 1, 3], "reference_perplexity": [0, 2, 3]}
+    for metric, places in kept.items():
+        scores = mixed["scores"][metric]
+        assert [i for i, score in enumerate(scores) if score is not None] == places
+        assert [scores[i] for i in places] == [whole["scores"][metric][i] for i in places]
+        assert mixed["scored"][metric] == 3
+    assert mixed["metrics"]["perplexity"] == plain["metrics"]["perplexity"]
+    assert mixed["scores"]["perplexity"][:4] == [None] * 4 and mixed["scored"]["tokens"] == 4
+    assert mixed["metrics"]["rouge_l"] == sum(whole["scores"]["rouge_l"][i] for i in (0, 2, 3)) / 3
+
+
+def test_texts_without_a_token_to_predict_are_refused(place, tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigurationError, match="no token to predict"):
+        evaluate_runs([str(place / "first")], [tmp_path / "short.jsonl"], tmp_path, SETTINGS)
+
+
+def test_every_mean_over_rows_is_compared(place, tmp_path):
+    compared = compare(table(place, tmp_path, str(place / "teacher")), str(place / "first"))
+    found = {c.metric: c for c in compared}
+    assert set(found) == set(STATISTICS) and {c.prompts for c in compared} == {1, 4}
+    cells = table(place, tmp_path, str(place / "teacher"))["cells"]
+    for one in compared:
+        base, ours = (c["metrics"] for c in cells if c["dataset"] == one.dataset)
+        gain = ours[one.metric] - base[one.metric]
+        assert one.difference == pytest.approx(gain) and one.low <= gain <= one.high
 
 
 def test_a_killed_evaluation_judges_only_what_is_missing(place, tmp_path, monkeypatch):
@@ -84,18 +126,42 @@ def test_a_cell_belongs_to_model_data_teacher_and_settings(place, tmp_path):
     assert len(names) == 5
 
 
-def test_verdicts_are_better_worse_or_not_separable():
-    def cell(run, scores):
-        return {"run": run, "dataset": "d", "scores": {"rouge_l": scores}}
+def cells(metric, **runs):
+    made = [{"run": r, "dataset": "d", "scores": {metric: scores}} for r, scores in runs.items()]
+    return {"cells": made}
 
+
+def test_verdicts_are_better_worse_or_not_separable():
     base, noise = [float(i) for i in range(40)], [(-1.0) ** i for i in range(40)]
     up, same = [x + 1 for x in base], [x + n for x, n in zip(base, noise, strict=True)]
-    cells = [cell("b", base), cell("up", up), cell("same", same)]
-    found = {c.run: c.verdict for c in compare({"cells": cells}, "b")}
+    made = cells("rouge_l", b=base, up=up, same=same)
+    found = {c.run: c.verdict for c in compare(made, "b")}
     assert found == {"up": "better", "same": "not separable"}
-    assert {c.run: c.verdict for c in compare({"cells": cells}, "up")}["b"] == "worse"
+    assert {c.run: c.verdict for c in compare(made, "up")}["b"] == "worse"
     with pytest.raises(ConfigurationError, match="none of the runs"):
-        compare({"cells": cells}, "x")
+        compare(made, "x")
+
+
+def test_a_higher_perplexity_or_exposure_bias_is_worse():
+    nll = [[float(n), n] for n in range(1, 41)]
+    dearer = [[1.2 * total, n] for total, n in nll]
+    for metric in ("perplexity", "reference_perplexity"):
+        (found,) = compare(cells(metric, b=nll, dearer=dearer), "b")
+        assert found.verdict == "worse"
+        assert found.difference == pytest.approx(math.exp(1.2) - math.exp(1))
+    (found,) = compare(cells("acceptance", b=nll, more=dearer), "b")
+    assert found.verdict == "better" and found.difference == pytest.approx(0.2)
+    errs = [[[0.1 * (1 + i % 3)] * 4, [0.1 * (1 + i % 3)] * 4] for i in range(40)]
+    more = [[[2 * kl for kl in own], oracle] for own, oracle in errs]
+    (found,) = compare(cells("exposure_bias", b=errs, more=more), "b")
+    assert found.verdict == "worse" and found.difference == pytest.approx(100)
+
+
+def test_rows_that_only_one_run_has_a_score_of_are_left_out_of_the_comparison():
+    base, ours = [1.0, None, 5.0, 2.0], [2.0, 9.0, None, 3.0]
+    (found,) = compare(cells("rouge_l", b=base, ours=ours), "b")
+    assert (found.difference, found.prompts, found.verdict) == (1.0, 2, "better")
+    assert compare(cells("rouge_l", b=[1.0, None], ours=[None, 1.0]), "b") == []
 
 
 @pytest.mark.parametrize(
@@ -143,5 +209,17 @@ def test_the_command_prints_a_table_and_writes_json_and_a_page(place, tmp_path, 
     for cell in stored["cells"]:
         assert f"cells/{cell['cell']}.json" in page and (tmp_path / "cells").is_dir()
         assert f"seed {cell['seed']}" in page
-    assert {c["metric"] for c in stored["comparisons"]} == {"rouge_l", "exact_match"}
+    judged = {"rouge_l", "exact_match", "reference_perplexity"}
+    assert {c["metric"] for c in stored["comparisons"]} == judged
     assert command(["evaluate", *names, *more, "--baseline", "other"]) == 2
+
+
+def test_the_table_says_how_many_rows_were_left_out(place, tmp_path, capsys):
+    rows = [*ROWS[:3], {**ROWS[3], "reference": ""}]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--data", str(tmp_path / "qa.jsonl"), "--output", str(tmp_path / "out")]
+    assert command(["evaluate", str(place / "first"), *more, "--max-new-tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    of = {line.split()[1]: " ".join(line.split()[4:7]) for line in lines[1:]}
+    assert of["rouge_l"] == "3 of 4" and of["exact_match"] == "4 of 4"
+    assert "of 3 of 4 rows" in (tmp_path / "out" / "evaluation.html").read_text()

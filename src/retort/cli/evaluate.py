@@ -39,8 +39,12 @@ def evaluate(
 ) -> None:
     """Judge runs on data sets: ROUGE-L, exact match, perplexity, distinct-n, and a teacher's view.
 
-    Rows with 'reference' get ROUGE-L, with 'answer' exact match of the final number, with 'text'
-    perplexity. A cell is judged once; the same command goes on where a killed one stopped.
+    Rows with 'prompt' are answered; with 'reference' they get ROUGE-L and reference_perplexity,
+    with 'answer' exact match of the final number. Rows with 'text' alone get perplexity. A row that
+    lacks one of them, or has it empty, is left out of that number, and the table says of how many
+    rows it is. Every mean over rows is compared with the baseline's by paired bootstrap.
+
+    A cell is judged once; the same command goes on where a killed one stopped.
 
     Examples:
 
@@ -48,7 +52,8 @@ def evaluate(
 
         retort evaluate runs/a runs/b --data gsm8k.jsonl --teacher smollm2-135m-instruct --json
     """
-    from retort.evaluate.runs import EvaluationSettings, compare, evaluate_runs
+    from retort.evaluate.comparing import compare
+    from retort.evaluate.runs import EvaluationSettings, evaluate_runs
     from retort.provenance import write_json
     from retort.report.comparison import build_comparison
 
@@ -73,6 +78,8 @@ def _show(cells: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
             verdict = verdicts.get((cell["run"], cell["dataset"], metric), "")
             shown = "-" if value is None else f"{value:.4g}"
             seed = "-" if cell["seed"] is None else str(cell["seed"])
-            lines.append([cell["dataset"], metric, cell["run"], seed, shown, verdict])
+            rows = f"{cell['scored'][metric]} of {cell['prompts']}"
+            lines.append([cell["dataset"], metric, cell["run"], seed, rows, shown, verdict])
     order = sorted(lines, key=lambda line: (line[0], line[1]))
-    print_table(["data", "metric", "run", "seed", "value", "against the baseline"], order)
+    head = ["data", "metric", "run", "seed", "rows", "value", "against the baseline"]
+    print_table(head, order)

@@ -1,9 +1,8 @@
-"""Scores of texts without a model: final numbers that match, and how varied the words are."""
+"""Final numbers that match: GSM8K's score of an answer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -26,13 +25,3 @@ def exact_match(prediction: str, answer: str) -> float:
     """1.0 if the final number of the text is the answer's (3.0 is 3), else 0.0; GSM8K's score."""
     found = final_number(prediction)
     return float(found is not None and found == final_number(answer))
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share of different n-grams of words among all (Li et al. 2016), 0 where there are none."""
-    grams = [
-        tuple(words[i : i + n])
-        for words in (text.split() for text in texts)
-        for i in range(len(words) - n + 1)
-    ]
-    return len(set(grams)) / len(grams) if grams else 0.0

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from retort.decode.admission import encode
 from retort.decode.engine import Engine
 from retort.distill.signals import check_vocabularies
+from retort.errors import ConfigurationError
 from retort.evaluate.acceptance import acceptance
-from retort.evaluate.answers import distinct_n, exact_match
-from retort.evaluate.exposure import exposure_bias
-from retort.evaluate.perplexity import completion_perplexity, perplexity
-from retort.evaluate.rouge import rouge_l_scores
+from retort.evaluate.answers import exact_match
+from retort.evaluate.exposure import token_kl
+from retort.evaluate.perplexity import text_nll, token_nll
+from retort.evaluate.predictions import Example
 from retort.evaluate.runs import EvaluationSettings
+from retort.evaluate.scores import value_of
 from retort.evaluate.texts import generate_texts
 from retort.models import zoo
+from retort.text_scores import distinct_n, rouge_l
+
+Row = dict[str, Any]
 
 
 class Judge:
@@ -33,18 +41,24 @@ class Judge:
         """Let the models go."""
         self._loaded = None
 
-    def judge(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """``metrics`` by name, and ``scores`` a prompt of those that have them."""
+    def judge(self, rows: list[Row]) -> dict[str, Any]:
+        """What a cell holds.
+
+        ``scores`` have an entry a row, None where it lacks what the metric needs; ``metrics`` are
+        made of the others, and ``scored`` counts those. ``texts`` are the answers.
+        """
         model, teacher, tokenizer = self._models()
-        texts = [row["text"] for row in rows if row.get("text") and not row.get("prompt")]
-        found: dict[str, Any] = {"prompts": len(rows), "metrics": {}, "scores": {}}
-        if texts:
-            found["metrics"]["perplexity"] = perplexity(model, tokenizer, texts).value
-        asked = [row for row in rows if row.get("prompt")]
+        asked = [i for i, row in enumerate(rows) if row.get("prompt")]
+        found: dict[str, Any] = {"prompts": len(rows), "metrics": {}, "scored": {}, "scores": {}}
+        plain = [row["text"] if i not in asked else None for i, row in enumerate(rows)]
+        _keep(found, {"perplexity": self._read(model, tokenizer, plain)}, range(len(rows)))
         if asked:
-            self._answers(model, tokenizer, asked, found)
-        if asked and teacher is not None:
-            self._taught(model, teacher, tokenizer, asked, found["metrics"])
+            prompted = [rows[i] for i in asked]
+            _keep(found, self._answers(model, tokenizer, prompted, found), asked)
+            if teacher is not None:
+                _keep(found, self._taught(model, teacher, tokenizer, prompted), asked)
+        if not found["metrics"]:
+            raise ConfigurationError("the texts hold no token to predict; give longer ones")
         return found
 
     def _models(self) -> tuple[Any, Any, Any]:
@@ -61,39 +75,102 @@ class Judge:
         given = [[{"role": "user", "content": r["prompt"]}] if chat else r["prompt"] for r in rows]
         return [encode(prompt, tokenizer) for prompt in given]
 
-    def _answers(self, model: Any, tokenizer: Any, rows: list[dict], found: dict) -> None:
-        prompts, metrics, scores = self._prompts(rows, tokenizer), found["metrics"], found["scores"]
+    def _read(self, model: Any, tokenizer: Any, texts: Sequence[str | None]) -> list[Any]:
+        """The (Σ −log p, tokens) of each plain text."""
+        return [None if t is None else _summed(text_nll(model, tokenizer, t)) for t in texts]
+
+    def _answers(
+        self, model: Any, tokenizer: Any, rows: list[Row], found: dict[str, Any]
+    ) -> dict[str, list[Any]]:
+        """Scores of the answers; what is no mean over rows goes to ``found`` at once."""
+        prompts = self._prompts(rows, tokenizer)
         with Engine(model, tokenizer) as engine:
             made = generate_texts(engine, prompts, max_new_tokens=self.settings.max_new_tokens)
-        references: list[Any] = [row.get("reference") or row.get("completion") for row in rows]
-        if all(references):
-            scores["rouge_l"] = rouge_l_scores(made.texts, references)
-            firsts = [r if isinstance(r, str) else r[0] for r in references]
-            ids = [list(tokenizer(r, add_special_tokens=False)["input_ids"]) for r in firsts]
-            examples = [(p, r) for p, r in zip(prompts, ids, strict=True) if r]
-            metrics["perplexity"] = completion_perplexity(model, examples).value
-        if all(row.get("answer") is not None for row in rows):
-            pairs = zip(made.texts, rows, strict=True)
-            scores["exact_match"] = [exact_match(text, str(row["answer"])) for text, row in pairs]
-        metrics |= {name: sum(values) / len(values) for name, values in scores.items()}
-        metrics |= {f"distinct_{n}": distinct_n(made.texts, n) for n in (1, 2)}
-        metrics["tokens"] = made.tokens / len(rows)
+        numbers = {f"distinct_{n}": distinct_n(made.texts, n) for n in (1, 2)}
+        found["metrics"] |= numbers | {"tokens": made.tokens / len(rows)}
+        found["scored"] |= dict.fromkeys([*numbers, "tokens"], len(rows))
         found["texts"] = list(made.texts)
+        references, answers = [references_of(row) for row in rows], [answer_of(row) for row in rows]
+        return {
+            "rouge_l": [
+                rouge_l(text, refs) if refs else None
+                for text, refs in zip(made.texts, references, strict=True)
+            ],
+            "exact_match": [
+                None if answer is None else exact_match(text, answer)
+                for text, answer in zip(made.texts, answers, strict=True)
+            ],
+            "reference_perplexity": [
+                self._completion(model, tokenizer, prompt, refs[0]) if refs else None
+                for prompt, refs in zip(prompts, references, strict=True)
+            ],
+        }
+
+    def _completion(self, model: Any, tokenizer: Any, prompt: list[int], text: str) -> Any:
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return _summed(token_nll(model, [*prompt, *ids], len(prompt))) if ids else None
 
     def _taught(
-        self, model: Any, teacher: Any, tokenizer: Any, rows: list[dict], metrics: dict
-    ) -> None:
+        self, model: Any, teacher: Any, tokenizer: Any, rows: list[Row]
+    ) -> dict[str, list[Any]]:
+        """Scores beside the teacher; a row of which either wrote nothing has none."""
         prompts, settings = self._prompts(rows, tokenizer), self.settings
         limit = {"max_new_tokens": settings.max_new_tokens}
         drawn = {**limit, "do_sample": True, "seed": settings.seed}
-        texts = []
+        written = []
         for writer in (model, teacher):
             with Engine(writer, tokenizer) as engine:
-                made = generate_texts(engine, prompts, **drawn)
-            texts.append([(p, t) for p, t in zip(prompts, made.token_ids, strict=True) if t])
-        if all(texts):
-            metrics["acceptance"] = acceptance(teacher, model, texts[1]).rate
-            metrics["exposure_bias"] = exposure_bias(teacher, model, texts[0], texts[1]).excess
+                texts = generate_texts(engine, prompts, **drawn).token_ids
+            written.append(list(zip(prompts, texts, strict=True)))
         options = {"drafter": model, "draft_budget": settings.draft_length}
         with Engine(teacher, tokenizer, **options) as engine:
-            metrics["tokens_per_step"] = generate_texts(engine, prompts, **limit).tokens_per_step
+            made = generate_texts(engine, prompts, **limit)
+        return {
+            "acceptance": [_accepted(teacher, model, text) for text in written[1]],
+            "exposure_bias": [
+                _divergences(teacher, model, own, oracle)
+                for own, oracle in zip(*written, strict=True)
+            ],
+            "tokens_per_step": [
+                [len(ids), steps] for ids, steps in zip(made.token_ids, made.steps, strict=True)
+            ],
+        }
+
+
+def references_of(row: Row) -> list[str]:
+    """The texts that an answer is compared with; empty ones are none."""
+    given = row.get("reference") or row.get("completion") or []
+    return [text for text in ([given] if isinstance(given, str) else given) if text]
+
+
+def answer_of(row: Row) -> str | None:
+    """What the final number is compared with; an empty one is none."""
+    given = row.get("answer")
+    return None if given is None or not str(given).strip() else str(given)
+
+
+def _keep(found: dict[str, Any], scores: Mapping[str, list[Any]], places: Sequence[int]) -> None:
+    """Add scores of the rows at ``places``, and the metrics that any row has a score of."""
+    for name, values in scores.items():
+        given = [value for value in values if value is not None]
+        if given:
+            by_place = dict(zip(places, values, strict=True))
+            found["scores"][name] = [by_place.get(i) for i in range(found["prompts"])]
+            found["metrics"][name], found["scored"][name] = value_of(name, given), len(given)
+
+
+def _summed(nll: Tensor) -> list[float] | None:
+    """(Σ, tokens); None of no token."""
+    return [nll.double().sum().item(), nll.numel()] if nll.numel() else None
+
+
+def _accepted(teacher: Any, model: Any, text: Example) -> list[float] | None:
+    """(Σ over tokens of α, tokens)."""
+    count = len(text[1])
+    return [acceptance(teacher, model, [text]).rate * count, count] if count else None
+
+
+def _divergences(teacher: Any, model: Any, own: Example, oracle: Example) -> list[Any] | None:
+    if not own[1] or not oracle[1]:
+        return None
+    return [token_kl(teacher, model, text).tolist() for text in (own, oracle)]

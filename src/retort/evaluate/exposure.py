@@ -60,11 +60,35 @@ def from_token_kl(
     by_student: Sequence[Tensor], by_teacher: Sequence[Tensor], length: int | None = None
 ) -> ExposureBias:
     """The same from each text's `token_kl`."""
-    own, oracle = _mean_kl(by_student), _mean_kl(by_teacher)
+    own, oracle = (Divergences(rows).mean(range(len(rows))) for rows in (by_student, by_teacher))
+    return excess_error(own, oracle, length)
+
+
+def excess_error(own: Tensor, oracle: Tensor, length: int | None = None) -> ExposureBias:
+    """The same from E[KL_t] at each position t of both kinds of text."""
     reach = min(len(own), len(oracle), length or len(own))
     accumulated, per_step = own[:reach].sum().item(), oracle[:reach].mean().item()
     excess = (accumulated / per_step - reach) / reach * 100 if per_step else math.nan
     return ExposureBias(excess, accumulated, per_step, reach)
+
+
+class Divergences:
+    """`token_kl` of many texts, of which any choice can be averaged at each position."""
+
+    def __init__(self, rows: Sequence[Tensor | Sequence[float]]) -> None:
+        longest = max(map(len, rows))
+        self._values = torch.zeros(len(rows), longest, dtype=torch.float64)
+        self._reached = torch.zeros_like(self._values)
+        for i, row in enumerate(rows):
+            self._values[i, : len(row)] = torch.as_tensor(row, dtype=torch.float64)
+            self._reached[i, : len(row)] = 1
+
+    def mean(self, chosen: Sequence[int]) -> Tensor:
+        """E[KL_t] over the chosen texts that reach t, as long as the longest of them."""
+        index = torch.tensor(list(chosen))
+        reached = self._reached[index].sum(0)
+        longest = int(reached.count_nonzero())
+        return self._values[index].sum(0)[:longest] / reached[:longest]
 
 
 @torch.no_grad()
@@ -81,13 +105,3 @@ def token_kl(
         p, q = (x[:, :width].cpu().double().log_softmax(-1) for x in (p, q))
         parts.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
     return torch.cat(parts)
-
-
-def _mean_kl(rows: Sequence[Tensor]) -> Tensor:
-    """Mean at each position over the rows that reach it."""
-    longest = max(map(len, rows))
-    total, count = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest)
-    for row in rows:
-        total[: len(row)] += row
-        count[: len(row)] += 1
-    return total / count

@@ -39,12 +39,16 @@ def perplexity(
     """
     if max_length < 2:
         raise ConfigurationError(f"max_length must be 2 or more to predict a token: {max_length}")
-    encoded = (list(tokenizer(text)["input_ids"]) for text in texts)
-    return total(
-        token_nll(model, ids, first, chunk_size)
-        for token_ids in encoded
-        for ids, first in windows(token_ids, max_length)
-    )
+    return total(text_nll(model, tokenizer, text, max_length, chunk_size) for text in texts)
+
+
+def text_nll(
+    model: nn.Module, tokenizer: Any, text: str, max_length: int = 1024, chunk_size: int = 128
+) -> Tensor:
+    """−log p of each token of ``text`` but its first, in the windows of `perplexity`."""
+    cut = windows(list(tokenizer(text)["input_ids"]), max_length)
+    parts = [token_nll(model, ids, first, chunk_size) for ids, first in cut]
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def completion_perplexity(

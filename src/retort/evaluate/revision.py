@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from retort.errors import ConfigurationError
-from retort.evaluate.exposure import from_token_kl, token_kl
+from retort.evaluate.exposure import Divergences, excess_error, token_kl
 from retort.evaluate.predictions import Example, predict
 from retort.evaluate.significance import BootstrapResult, bootstrap, paired_bootstrap
 
@@ -51,10 +51,13 @@ def revision_gain(
             f"{len(own)} own, {len(revised)} revised and {len(by_teacher)} of the teacher"
         )
     before, after = ([_nll(teacher, each) for each in texts] for texts in (own, revised))
-    rows = [[token_kl(teacher, student, e) for e in texts] for texts in (own, revised, by_teacher)]
+    rows = [
+        Divergences([token_kl(teacher, student, e) for e in texts])
+        for texts in (own, revised, by_teacher)
+    ]
 
     def excess(which: int, chosen: Sequence[int]) -> float:
-        return from_token_kl([rows[which][i] for i in chosen], [rows[2][i] for i in chosen]).excess
+        return excess_error(rows[which].mean(chosen), rows[2].mean(chosen)).excess
 
     every = range(len(own))
     return RevisionGain(

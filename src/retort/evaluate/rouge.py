@@ -9,31 +9,11 @@ of each prompt, average over prompts and multiply by 100. So does this module.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 from retort.errors import ConfigurationError
+from retort.text_scores import References, rouge_l
 
-References = str | Sequence[str]
-"""One reference text, or several of which the best one counts."""
-
-
-@cache
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: not before it is needed
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def rouge_l(prediction: str, references: References) -> float:
-    """ROUGE-L F of one text in [0, 100]: the maximum over its references.
-
-    Raises `ConfigurationError` for an empty list of references. An empty text scores 0.
-    """
-    listed = [references] if isinstance(references, str) else list(references)
-    if not listed:
-        raise ConfigurationError("rouge_l needs at least one reference text, got an empty list")
-    return max(100.0 * _scorer().score(ref, prediction)["rougeL"].fmeasure for ref in listed)
+__all__ = ["References", "mean_rouge_l", "rouge_l", "rouge_l_scores"]
 
 
 def rouge_l_scores(predictions: Sequence[str], references: Sequence[References]) -> list[float]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from retort.errors import ConfigurationError
-from retort.evaluate.significance import paired_bootstrap
 from retort.manifest import model_hashes, sha256
 from retort.provenance import Provenance, write_json
 from retort.train.rows import read_jsonl
 
-LOWER_IS_BETTER = ("perplexity", "exposure_bias")
+VERSION = 2
+"""Of what a cell holds; cells of another one are judged again."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,6 @@ class EvaluationSettings:
     as_chat: bool = False
     draft_length: int = 4
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A run against the baseline on one metric of one set; ``verdict`` says who is better."""
-
-    run: str
-    dataset: str
-    metric: str
-    difference: float
-    low: float
-    high: float
-    verdict: str
 
 
 def read_rows(path: Path, limit: int | None) -> list[dict[str, Any]]:
@@ -92,7 +79,7 @@ def run_seed(run: str) -> int | None:
 
 def cell_hash(model: Path, data: Path, teacher: Path | None, settings: EvaluationSettings) -> str:
     """Hash of everything that a cell depends on."""
-    parts: dict[str, Any] = {"data": sha256(data), "settings": asdict(settings), "version": 1}
+    parts: dict[str, Any] = {"data": sha256(data), "settings": asdict(settings), "version": VERSION}
     for name, folder in ("model", model), ("teacher", teacher):
         parts[name] = None if folder is None else model_hashes(folder)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -145,26 +132,5 @@ def _judged(file: Path) -> dict[str, Any] | None:
         found = json.loads(file.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    whole = isinstance(found, dict) and {"prompts", "metrics", "scores"} <= found.keys()
+    whole = isinstance(found, dict) and {"prompts", "metrics", "scored", "scores"} <= found.keys()
     return found if whole else None
-
-
-def compare(table: dict[str, Any], baseline: str) -> list[Comparison]:
-    """Every run against ``baseline`` by paired bootstrap, wherever both have scores a prompt."""
-    known = {(c["run"], c["dataset"]): c["scores"] for c in table["cells"]}
-    if not any(run == baseline for run, _ in known):
-        raise ConfigurationError(f"--baseline {baseline!r} is none of the runs")
-    found = []
-    for (run, dataset), scores in known.items():
-        base = known[baseline, dataset]
-        for metric in scores if run != baseline else ():
-            if metric in base and len(base[metric]) == len(scores[metric]):
-                found.append(_compared(run, dataset, metric, base[metric], scores[metric]))
-    return found
-
-
-def _compared(run: str, dataset: str, metric: str, base: list, ours: list) -> Comparison:
-    result = paired_bootstrap(base, ours)
-    better = (result.difference > 0) != (metric in LOWER_IS_BETTER)
-    verdict = ("better" if better else "worse") if result.separable else "not separable"
-    return Comparison(run, dataset, metric, result.difference, result.low, result.high, verdict)

@@ -14,15 +14,20 @@ from retort.decode.outputs import require_whole
 class Generation:
     """Texts and token ids in the order of the prompts, and totals over all of them.
 
-    ``row_steps`` sums the steps of every row, ``seconds`` is wall time of the whole call.
+    ``steps`` are those of each row, ``seconds`` is wall time of the whole call.
     """
 
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     seconds: float
-    row_steps: int
+    steps: tuple[int, ...]
     draft_tokens: int
     accepted_tokens: int
+
+    @property
+    def row_steps(self) -> int:
+        """Steps, over all rows."""
+        return sum(self.steps)
 
     @property
     def tokens(self) -> int:
@@ -57,7 +62,7 @@ def generate_texts(engine: Any, prompts: Sequence[Any], **sampling: Any) -> Gene
         texts=tuple(out.text for out in outputs),
         token_ids=tuple(tuple(out.token_ids) for out in outputs),
         seconds=seconds,
-        row_steps=sum(out.stats.steps for out in outputs),
+        steps=tuple(out.stats.steps for out in outputs),
         draft_tokens=sum(out.stats.draft_tokens for out in outputs),
         accepted_tokens=sum(out.stats.accepted_tokens for out in outputs),
     )

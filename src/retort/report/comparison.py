@@ -59,12 +59,22 @@ def _value(cell: dict, metric: str, comparisons: Sequence[dict]) -> Markup:
     link = element(
         "a", shown, href=f"cells/{cell['cell']}.json", title=f"run {cell['run']}, seed {seed}"
     )
+    notes = [_left_out(cell, metric), _verdict(cell, metric, comparisons)]
+    return element("span", link, [[element("br"), element("small", n)] for n in notes if n])
+
+
+def _left_out(cell: dict, metric: str) -> str:
+    """Of how many rows a number is, where it is not of all."""
+    scored, prompts = cell["scored"].get(metric, 0), cell["prompts"]
+    return f"of {scored} of {prompts} rows" if 0 < scored < prompts else ""
+
+
+def _verdict(cell: dict, metric: str, comparisons: Sequence[dict]) -> str:
     place = (cell["run"], cell["dataset"], metric)
     for c in comparisons:
         if (c["run"], c["dataset"], c["metric"]) == place:
-            interval = f"{c['verdict']} ({number(c['low'])} to {number(c['high'])})"
-            return element("span", link, element("br"), element("small", interval))
-    return link
+            return f"{c['verdict']} ({number(c['low'])} to {number(c['high'])})"
+    return ""
 
 
 def _texts(cells: Sequence[dict]) -> Markup | None:
