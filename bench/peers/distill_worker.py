@@ -131,6 +131,7 @@ def retort_arm(settings):
         max_completion_length=settings["new_tokens"],
         max_length=1024,
         rollout_batch_size=settings["batch_size"],
+        report_samples=0,
     )
     rows = [{"prompt": r["prompt"], "completion": r["completion"]} for r in chats(settings)]
     trainer = DistillTrainer(

@@ -68,6 +68,7 @@ def configuration(cell: Cell, settings: Settings, places: Places) -> DistillConf
         logging_steps=1,
         save_steps=20,
         save_total_limit=1,
+        report_samples=0,
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",

@@ -14,19 +14,21 @@ from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
 
 from retort.distill.presets import PRESETS
-from tests.distill.toys import llama, trainer
+from tests.distill.toys import ROWS, llama, trainer
 
 REPLAY = {"method": "kd", "lmbda": 0.6, "sft_weight": 0.5, "max_steps": 4}
 REPLAY |= {"replay_buffer_size": 6, "replay_share": 0.5}
 LORA = {"method": "mgsr", "adapted_student": True}
 SELDOM = {"method": "kd", "lmbda": 0.15, "max_steps": 4}  # some steps, one process writes nothing
+ANSWERS = {"method": "sft", "predict_with_generate": True, "eval_dataset": ROWS[:5]}
+ANSWERS |= {"eval_strategy": "steps", "eval_steps": 1, "report_samples": 2}
 RESUMED = {**REPLAY, "method": "mgsr", "save_strategy": "steps", "save_steps": 2}
 RESUMED |= {"logging_steps": 3, "dac_mode": "learned", "lmbda": 0.8}
 
 
 def cases():
-    """Arguments of each run by name: every preset, two mixes and a LoRA student."""
-    mixes = {"replay": REPLAY, "seldom": SELDOM, "lora": LORA}
+    """Arguments of each run by name: every preset, mixes, a LoRA student, and evaluation."""
+    mixes = {"replay": REPLAY, "seldom": SELDOM, "lora": LORA, "answers": ANSWERS}
     return {name: {"method": name} for name in PRESETS} | mixes
 
 

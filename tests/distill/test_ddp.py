@@ -97,6 +97,17 @@ def test_a_process_that_writes_nothing_does_not_hold_up_the_other(shared):
     assert any(min(step) == 0 < max(step) for step in written), written
 
 
+def test_answers_are_shared_out_and_scored_together(shared, single):
+    names = [f"eval_{name}" for name in ("rouge_l", "distinct_1", "distinct_2", "gen_len")]
+    logs, samples = [], []
+    for folder in single("answers")[0], shared / "1" / "answers", shared / "2" / "answers":
+        lines = map(json.loads, (folder / "training.jsonl").read_text().splitlines())
+        logs.append([[line[n] for n in names] for line in lines if names[0] in line])
+        samples.append((folder / "samples.json").read_text())
+    assert logs[0] == logs[1] == logs[2] and len(logs[0]) == 2
+    assert samples[0] == samples[1] == samples[2]
+
+
 def test_two_processes_go_on_exactly_from_a_checkpoint(shared):
     whole, again = shared / "whole", shared / "again"
     assert ends(whole, "digest") == ends(again, "digest")

@@ -124,6 +124,13 @@ MIXES = {
     },
     "distillm2": {"method": "distillm2"},
     "speculative KD": {"method": "skd"},
+    "answers while evaluating, and samples": {
+        "predict_with_generate": True,
+        "report_samples": 2,
+        "dataset_test_split": "train",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    },
 }
 
 

@@ -61,6 +61,13 @@ def test_a_chunker_without_its_extra(refused, monkeypatch):
 
 def test_evaluation_without_data(refused):
     assert "eval_strategy='steps' has no data" in refused(eval_strategy="steps")
+    assert "has no evaluation" in refused(predict_with_generate=True)
+
+
+def test_a_student_that_cannot_answer(refused, mamba):
+    answers = {"predict_with_generate": True, "eval_strategy": "steps"}
+    told = refused(method="sft", model_name_or_path=mamba, dataset_test_split="train", **answers)
+    assert told.startswith("mamba: ")
 
 
 def test_a_split_of_one_file(refused):

@@ -39,6 +39,7 @@ def config(folder, **changes):
         "max_length": 64,
         "max_completion_length": 8,
         "scrg_warmup_steps": 0,
+        "report_samples": 0,
         "disable_tqdm": True,
         "report_to": "none",
     }
@@ -67,3 +68,25 @@ def trainer(folder, student=None, teacher=None, rows=ROWS, **changes):
 def weights(model):
     """A copy of every parameter, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def lettered(model):
+    """``model`` with a head that says letters and spaces only, so that its texts have words."""
+    ids = [tokenizer()(c)["input_ids"][0] for c in "etaoin shrdlu "]
+    with torch.no_grad():
+        kept = model.lm_head.weight[ids].clone()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[ids] = kept
+    return model
+
+
+@torch.no_grad()
+def greedy_text(model, prompt, length):
+    """What ``model`` says after ``prompt`` by transformers' own `generate`."""
+    ids = tokenizer()(prompt, return_tensors="pt")["input_ids"]
+    kept = model.training
+    made = model.eval().generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False
+    )
+    model.train(kept)
+    return tokenizer().decode(made[0, ids.shape[1] :], skip_special_tokens=True)

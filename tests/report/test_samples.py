@@ -2,6 +2,9 @@
 
 import re
 
+import pytest
+
+from retort.errors import ConfigurationError
 from retort.report import Correction, Sample
 from retort.report.samples import corrections_section, samples_section, visible
 from tests.report.sample_run import CORRECTIONS, SAMPLES
@@ -15,6 +18,14 @@ def test_the_corrected_token_is_marked_in_its_place():
     assert re.search(r'class="dropped">, and the sun<', drawn)
     assert re.search(r'class="new">, which makes gas out of sugar<', drawn)
     assert "token 6 of 10, step 84, KL 6.31 nats there" in drawn
+
+
+def test_the_token_that_would_be_corrected_is_marked_in_the_students_text():
+    sample = Sample("p", after="one two, three", marked=[3, 7], replacement="\n")
+    assert "one<del>␣two</del><ins>⏎</ins>, three" in samples_section([sample])
+    for marked in ([3], [7, 3], [-1, 2], [3, 15]):
+        with pytest.raises(ConfigurationError, match="marked"):
+            Sample("p", after="one two, three", marked=marked)
 
 
 def test_white_space_tokens_can_be_seen():

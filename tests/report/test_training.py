@@ -28,8 +28,14 @@ def test_only_what_exists_is_plotted():
 
 def test_the_sample_run_fills_every_plot_it_has_metrics_for():
     keys = [panel.key for group in GROUPS for panel in group.panels]
-    without = {"divergence", "rouge", "dac-dual", "phi", "skd"}
+    without = {"divergence", "rouge", "distinct", "dac-dual", "phi", "skd"}
     assert _titles(sample_run.training()) == [key for key in keys if key not in without]
+
+
+def test_scores_of_held_out_answers_have_plots():
+    logged = {"step": 1, "eval_rouge_l": 12.0, "eval_distinct_1": 0.5, "eval_distinct_2": 0.75}
+    assert _titles([logged]) == ["rouge", "distinct"]
+    assert "Other metrics" not in parse(training_section([logged])).text
 
 
 def test_unknown_metrics_are_in_a_table():

@@ -251,6 +251,7 @@ class Demo:
             logging_steps=1,
             save_steps=max(self.size.steps // 4, 2),
             save_total_limit=2,
+            report_samples=0,  # the demo writes its own
             disable_tqdm=True,
             use_cpu=True,
         )

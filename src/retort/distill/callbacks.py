@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class StepCallback(TrainerCallback):
-    """Calls the trainer where a run starts and where an optimiser step is complete."""
+    """Calls the trainer where a run starts and ends, and where an optimiser step is complete."""
 
     def __init__(self, trainer: DistillTrainer) -> None:
         self.trainer = trainer
@@ -19,6 +19,10 @@ class StepCallback(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Open the run's log at the step where training goes on."""
         self.trainer.begin_run()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """The student is as it will be saved, the best checkpoint's where that was asked for."""
+        self.trainer.end_run()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """The window's gradients are complete: move what has no place in the optimiser."""

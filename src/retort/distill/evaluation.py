@@ -1,4 +1,4 @@
-"""Evaluation inside the trainer: every term on the dataset's completions."""
+"""Evaluation inside the trainer: every term on the dataset's completions, and answers' scores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 from retort.distill import metrics
 from retort.distill.batch import TrainingSequence
 from retort.distill.data import Example
+from retort.text_scores import distinct_n, rouge_l
 
 if TYPE_CHECKING:
     from retort.distill.trainer import DistillTrainer
+
+Numbers = dict[str, float]
 
 
 class HeldOut:
@@ -44,6 +47,36 @@ class HeldOut:
         found = {f"{prefix}_{name}": value for name, value in means.items()}
         loss = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
         return {**found, f"{prefix}_loss": loss}
+
+    def answers(self, rows: Any, prefix: str) -> dict[str, float]:
+        """Scores of the student's greedy answers to the prompts of ``rows`` (tokenised).
+
+        The reference is the dataset's completion as it is trained on, cut at ``max_length``. Every
+        process must call it; each answers its share.
+        """
+        run = self.trainer
+        count, process = run.accelerator.num_processes, run.accelerator.process_index
+        asked = rows.select(range(min(len(rows), run.config.max_eval_rows or len(rows))))
+        mine = [Example(**row) for row in asked.select(range(process, len(asked), count))]
+        written = run.rollouts.answer([e.prompt_ids for e in mine], run._bare_student())
+        pairs = zip(mine, written.texts, strict=True)
+        found = run._gathered([(e.index, text.tokens, e.completion_ids) for e, text in pairs])
+        return {f"{prefix}_{k}": v for k, v in _text_scores(sorted(found), run.tokens).items()}
+
+
+def _text_scores(answers: Sequence[tuple[int, list[int], list[int]]], tokenizer: Any) -> Numbers:
+    """Means over answers given as (row, ids, ids of the reference)."""
+    texts, references = (
+        [tokenizer.decode(answer[which], skip_special_tokens=True) for answer in answers]
+        for which in (1, 2)
+    )
+    scores = [rouge_l(text, ref) for text, ref in zip(texts, references, strict=True)]
+    return {
+        "rouge_l": sum(scores) / len(scores),
+        "distinct_1": distinct_n(texts, 1),
+        "distinct_2": distinct_n(texts, 2),
+        "gen_len": sum(len(ids) for _, ids, _ in answers) / len(answers),
+    }
 
 
 def watched(eval_dataset: Any) -> str:

@@ -56,7 +56,7 @@ def tokenized(
         completion=evaluating or config.recipe.reads_dataset,
         as_chat=config.as_chat,
         skip_long_prompts=config.skip_long_prompts,
-        whole=evaluating or config.learns_whole_rows,
+        whole=not config.predict_with_generate if evaluating else config.learns_whole_rows,
         completion_only=config.completion_only_loss,
         origin=Path(origin).name,
     )

@@ -78,6 +78,33 @@ class Rollouts:
         times = {"time/rollout": seconds, "time/teacher": writing.teacher_seconds}
         return sequences, times | shares | _counted(writing)
 
+    @property
+    def writes_whole(self) -> bool:
+        """Whether there is a whole student to write with: sharded, it needs a copy."""
+        return not self.writers.sharded or self.copy is not None
+
+    def answer(
+        self,
+        prompts: Sequence[list[int]],
+        student: Any,
+        limit: int | None = None,
+        revise: bool = False,
+    ) -> Writing:
+        """The student's likeliest text after each prompt, at most ``limit`` tokens.
+
+        Nothing is learned from it, counted, or drawn at random. With ``revise`` the teacher
+        corrects each once. A copy takes ``student``'s weights first: every process must call this.
+        """
+        if self.copy is not None:
+            self.copy.refresh(student)
+        writer = StudentWriter(self._writing_student, self.writers.teacher, self._greedy(limit))
+        return writer.write(prompts, revise)
+
+    def teach(self, prompts: Sequence[list[int]], limit: int | None = None) -> Writing:
+        """The teacher's likeliest texts, likewise."""
+        writer = StudentWriter(self.writers.teacher, self._writing_student, self._greedy(limit))
+        return writer.write(prompts)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a JSON checkpoint."""
         return {"sources": self.sources.state_dict(), "corrections": self.corrections}
@@ -90,11 +117,12 @@ class Rollouts:
     def _build_sources(self) -> Sources:
         config, recipe, writers = self.config, self.config.recipe, self.writers
         student, settings = writers.student, self._settings()
-        if writers.sharded and recipe.writes:
+        if writers.sharded and (recipe.writes or config.predict_with_generate):
             self.copy = RolloutCopy(student, config.device)
             student = self.copy.model
+        self._writing_student = student
         writer = StudentWriter(student, writers.teacher, settings) if recipe.writes else None
-        texts = self._teacher_texts(student, settings) if recipe.completions == "teacher" else None
+        texts = self._teacher_texts(student) if recipe.completions == "teacher" else None
         return Sources(recipe, writer, config.seed, config.replay_share, texts, writers.share)
 
     def _settings(self) -> WritingSettings:
@@ -112,10 +140,21 @@ class Rollouts:
             interleave_top_k=recipe.interleave_top_k,
         )
 
-    def _teacher_texts(self, student: Any, settings: WritingSettings) -> TeacherTexts:
+    def _greedy(self, limit: int | None = None) -> WritingSettings:
+        """Settings of texts that depend on weights and prompt alone."""
+        settings = self._settings()
+        return replace(
+            settings,
+            max_completion_length=limit or settings.max_completion_length,
+            drafter="prompt-lookup" if self.config.rollout_drafter else None,
+            rounds=1,
+            do_sample=False,
+            interleave_top_k=0,
+        )
+
+    def _teacher_texts(self, student: Any) -> TeacherTexts:
         """The teacher's likeliest texts, kept in a file of each process."""
-        drafter = "prompt-lookup" if self.config.rollout_drafter else None
-        settings = replace(settings, drafter=drafter, do_sample=False, interleave_top_k=0)
+        settings = self._greedy()
         writer = StudentWriter(self.writers.teacher, student, settings)
         made_by = {
             "teacher": self.config.teacher_model_name_or_path,

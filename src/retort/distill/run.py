@@ -74,11 +74,16 @@ def check(config: DistillConfig) -> None:
         raise ConfigurationError(
             f"eval_strategy={strategy!r} has no data: set eval_dataset_name or dataset_test_split"
         )
+    if strategy == "no" and config.predict_with_generate:
+        raise ConfigurationError(
+            "predict_with_generate=True has no evaluation: set eval_strategy and its data"
+        )
     if recipe.span_weight > 0:
         check_chunker(config.span_chunker)
     drafter, teacher = config.rollout_drafter, config.teacher_model_name_or_path
+    writes = recipe.writes or config.predict_with_generate
     needed = [
-        (student, recipe.writes and config.student_type is None),
+        (student, writes and config.student_type is None),
         (teacher, recipe.scrg or recipe.interleave_top_k or recipe.completions == "teacher"),
         (drafter, recipe.writes and drafter not in ("none", "prompt-lookup")),
     ]

@@ -33,6 +33,7 @@ from retort.distill.packing import require_packing
 from retort.distill.parts import longest_sequence, student_for, teacher_for, tokenized
 from retort.distill.records import DistillLog
 from retort.distill.rollouts import Rollouts, Writers
+from retort.distill.samples import Samples
 from retort.errors import ConfigurationError, RetortError
 from retort.train.arguments import resolved
 from retort.train.checkpoint import check_same_run
@@ -102,6 +103,7 @@ class DistillTrainer(WholeCheckpointTrainer):
         self.run_log = DistillLog(str(args.output_dir), self.is_world_process_zero())
         self._counts: dict[str, float] = {}
         self._step = metrics.Meter()
+        self.samples = Samples(self)
         self.add_callback(StepCallback(self))
 
     def _bare_student(self) -> Any:
@@ -224,12 +226,17 @@ class DistillTrainer(WholeCheckpointTrainer):
         """The loss of one batch of dataset completions; sums are kept for `evaluation_loop`."""
         return self.held_out.loss(model, inputs["examples"]), None, None
 
-    def evaluation_loop(self, *args: Any, **keywords: Any) -> EvalLoopOutput:
-        """transformers' loop; means of each term are added, over tokens and not over batches."""
+    def evaluation_loop(self, dataloader: Any, *args: Any, **keywords: Any) -> EvalLoopOutput:
+        """transformers' loop; means of each term are added, over tokens and not over batches.
+
+        With ``predict_with_generate`` so are the scores of the student's answers.
+        """
         self.held_out.meter.take()
-        output = super().evaluation_loop(*args, **keywords)
+        output = super().evaluation_loop(dataloader, *args, **keywords)
         prefix = keywords.get("metric_key_prefix", "eval")
         found = self.held_out.numbers(prefix)
+        if self.config.predict_with_generate:
+            found |= self.held_out.answers(dataloader.dataset, prefix)
         if self.is_in_train and prefix == watched(self.eval_dataset):
             self.rollouts.sources.schedule.observe(found[f"{prefix}_loss"])
         return output._replace(metrics={**(output.metrics or {}), **found})
@@ -240,6 +247,11 @@ class DistillTrainer(WholeCheckpointTrainer):
         """Open the run's log at the step where training goes on."""
         config = self.config
         self.run_log.start(resolved(config), config.seed, self.state.global_step)
+        self.samples.begin(self.state.global_step)
+
+    def end_run(self) -> None:
+        """Write what the report shows of the trained student."""
+        self.samples.end()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms and phase times since the last record, and write the run's own log."""

@@ -79,6 +79,12 @@ GROUPS: tuple[Group, ...] = (
                 "Held-out texts against their references, 0 to 100.",
                 (("rouge_l", "ROUGE-L"), ("eval_rouge_l", "held out")),
             ),
+            Panel(
+                "distinct",
+                "Distinct n-grams",
+                "Share of different words and word pairs in held-out texts.",
+                (("eval_distinct_1", "words"), ("eval_distinct_2", "pairs")),
+            ),
         ),
     ),
     Group(

@@ -81,13 +81,24 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with the teacher's completion and the student's before and after training."""
+    """One prompt with the teacher's completion and the student's before and after training.
+
+    ``marked`` are the first character, and the one behind the last, of the token in ``after`` that
+    SCRG would make ``replacement``.
+    """
 
     prompt: str
     teacher: str | None = None
     before: str | None = None
     after: str | None = None
     note: str = ""
+    marked: list[int] | None = None
+    replacement: str = ""
+
+    def __post_init__(self) -> None:
+        places = [0, *(self.marked or [0, 0]), len(self.after or "")]
+        if len(places) != 4 or places != sorted(places):
+            raise ConfigurationError(f"sample: marked={self.marked} is no part of its text after")
 
 
 @dataclass(frozen=True)

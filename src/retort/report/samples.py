@@ -49,7 +49,7 @@ def _sample(sample: Sample) -> Markup:
     columns = [
         _text("teacher", sample.teacher),
         _text("student before", sample.before),
-        _text("student after", sample.after),
+        _text("student after", _marked(sample)),
     ]
     note = element("p", sample.note, class_="hint") if sample.note else None
     return element(
@@ -59,6 +59,16 @@ def _sample(sample: Sample) -> Markup:
         note,
         class_="card",
     )
+
+
+def _marked(sample: Sample) -> Child:
+    """The text after training, and in it the token that SCRG would correct."""
+    if sample.after is None or sample.marked is None:
+        return sample.after
+    start, end = sample.marked
+    old, new = sample.after[start:end], sample.replacement
+    marks = [element("del", visible(old)), element("ins", visible(new))]
+    return [sample.after[:start], marks, sample.after[end:]]
 
 
 def _correction(correction: Correction) -> Markup:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _SHARES = ("beta", "lora_dropout", "replay_share", "dac_coverage", "dac_min_coverage")
 _COUNTS = [*("max_length", "max_completion_length", "rollout_batch_size", "scrg_rounds")]
-_COUNTS += ["lora_r", "lora_alpha"]
+_COUNTS += ["lora_r", "lora_alpha", "report_sample_tokens"]
 _OPTIONAL_COUNTS = ("student_num_hidden_layers", "max_train_rows", "max_eval_rows")
 _WEIGHTS = [*("sft_weight", "divergence_weight", "span_weight", "scrg_warmup_steps")]
 _WEIGHTS += ["replay_buffer_size", "interleave_top_k"]
@@ -32,7 +32,7 @@ def value_fault(config: DistillConfig) -> str | None:
 
 def method_fault(config: DistillConfig) -> str | None:
     """The first flag that contradicts the method."""
-    checks = (_compared, _written, _whole_rows, _packed, _mixed, _captured)
+    checks = (_compared, _written, _whole_rows, _predicted, _packed, _mixed, _captured)
     return next(filter(None, (check(config) for check in checks)), None)
 
 
@@ -52,6 +52,7 @@ def _rules(config: DistillConfig) -> Iterator[tuple[str, bool, str]]:
     yield from ((n, (given(n) or 0) >= 0, "it must be 0 or more") for n in _WEIGHTS)
     yield from ((n, given(n) > 0, "it must be above 0") for n in _ABOVE_ZERO)
     yield "loss_chunk_size", config.loss_chunk_size >= 0, "it must be 0 (off) or more"
+    yield "report_samples", config.report_samples >= 0, "it must be 0 (none) or more"
     yield "rollout_draft_budget", config.rollout_draft_budget >= 0, "it must be 0 or more"
     yield from _choices(config)
     rivals = ("student_num_hidden_layers", "student_type")
@@ -108,6 +109,15 @@ def _whole_rows(config: DistillConfig) -> str | None:
     return (
         f"completion_only_loss=False contradicts method={config.method!r}: text that is written "
         "after a prompt has a prompt that is not learned"
+    )
+
+
+def _predicted(config: DistillConfig) -> str | None:
+    if config.completion_only_loss or not config.predict_with_generate:
+        return None
+    return (
+        "completion_only_loss=False contradicts predict_with_generate=True: a prompt that is "
+        "learned is no longer told from the answer that is to be written; leave one of them out"
     )
 
 

@@ -20,6 +20,13 @@ class DataOptions:
     eval_dataset_name: str | None = say(None, "Another file, folder or name to evaluate on.")
     max_train_rows: int | None = say(None, "Train on the first rows only.")
     max_eval_rows: int | None = say(None, "Evaluate on the first rows only.")
+    predict_with_generate: bool = say(
+        False, "Evaluation answers its prompts too (greedy) and logs ROUGE-L and distinct n-grams."
+    )
+    report_samples: int = say(
+        3, "Prompts answered before and after training, for the report; 0: none."
+    )
+    report_sample_tokens: int = say(48, "Most tokens of such an answer.")
     dataset_num_proc: int | None = say(None, "Processes that tokenise.")
     skip_long_prompts: bool = say(
         False, "Leave out rows whose prompt leaves no room in max_length, instead of refusing them."
