@@ -69,7 +69,7 @@ def test_none_are_written_where_they_are_switched_off(tmp_path):
     assert not (tmp_path / "samples.json").exists()
 
 
-@pytest.mark.parametrize("damaged", ["", "[", None])
+@pytest.mark.parametrize("damaged", ["", "[", "3", "[3, {}]", None])
 def test_a_student_that_cannot_write_ends_no_run(tmp_path, monkeypatch, caplog, damaged):
     def refused(*_):
         raise UnsupportedModelError("no packed forward")

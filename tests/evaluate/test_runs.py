@@ -53,7 +53,7 @@ def test_cells_hold_what_their_rows_allow_and_link_run_and_seed(place, tmp_path)
 def test_what_a_row_lacks_is_left_out_of_that_number_alone(place, tmp_path):
     """Four rows as above, one without a reference, one without an answer, and a plain text."""
     rows = [*map(dict, ROWS), {"text": "the cat sat on the mat"}]
-    rows[1] |= {"reference": ""}
+    rows[1] |= {"reference": " "}
     rows[2] |= {"reference": ["", "2 cats"], "answer": " "}
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = [place / "qa.jsonl", place / "plain.jsonl", tmp_path / "mixed.jsonl"]

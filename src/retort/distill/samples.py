@@ -120,9 +120,11 @@ class Samples:
     def _stored(self) -> list[Record]:
         """Records of this run from before; none where the file is missing or damaged."""
         try:
-            return list(json.loads(self.path.read_text("utf-8")))
+            found = json.loads(self.path.read_text("utf-8"))
         except (OSError, ValueError):
             return []
+        listed = found if isinstance(found, list) else []
+        return [record for record in listed if isinstance(record, dict) and "prompt" in record]
 
     def _save(self, records: Sequence[Record]) -> None:
         if self.trainer.is_world_process_zero():

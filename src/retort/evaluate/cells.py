@@ -138,13 +138,13 @@ class Judge:
 
 
 def references_of(row: Row) -> list[str]:
-    """The texts that an answer is compared with; empty ones are none."""
+    """The texts that an answer is compared with; empty and blank ones are none."""
     given = row.get("reference") or row.get("completion") or []
-    return [text for text in ([given] if isinstance(given, str) else given) if text]
+    return [text for text in ([given] if isinstance(given, str) else given) if text.strip()]
 
 
 def answer_of(row: Row) -> str | None:
-    """What the final number is compared with; an empty one is none."""
+    """What the final number is compared with; an empty or blank one is none."""
     given = row.get("answer")
     return None if given is None or not str(given).strip() else str(given)
 
