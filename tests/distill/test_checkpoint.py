@@ -187,7 +187,7 @@ def test_a_full_or_read_only_disk_is_one_line_and_leaves_the_older_checkpoint(
         original(*arguments)
 
     monkeypatch.setattr(checkpoint, "save_state", full)
-    with pytest.raises(RetortError, match=r"step 4 could not be written") as caught:
+    with pytest.raises(RetortError, match="checkpoint-4 could not be written") as caught:
         run.train()
     assert os.strerror(fault) in str(caught.value) and "\n" not in str(caught.value)
     assert checkpoint.newest(tmp_path).name == "checkpoint-2"

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from retort.disk import writing
 from retort.distill.batch import TrainingSequence, build_batch, stream_mask
 from retort.distill.signals import TopKSignal, tokenizer_hash
 from retort.distill.teachers import Teacher
@@ -86,7 +87,7 @@ def capture(
 
     Raises:
         ConfigurationError: no rows, or ``folder`` holds something else or another run writes to it.
-        RetortError: a prediction is not finite; what was captured before stays.
+        RetortError: a prediction is not finite, or the disk is full; what was captured stays.
     """
     folder, settings = Path(folder), settings or CaptureSettings()
     if not len(rows):
@@ -95,7 +96,7 @@ def capture(
     if _is_finished(folder, facts):
         return folder
     _require_ours(folder)
-    with alone(folder):
+    with writing(folder), alone(folder):
         return _capture(Teacher(model), rows, folder, settings, facts, progress)
 
 
@@ -306,8 +307,9 @@ def _is_whole(path: Path, expected: str | None) -> bool:
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     beside = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, beside)
-        with beside.open("rb") as file:
+        with beside.open("wb") as file:  # `save_file` would leave a file of its own when killed
+            file.write(save(tensors))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:

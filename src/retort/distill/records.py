@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from retort.disk import writing
 from retort.distill.sequences.scrg import Correction
 from retort.provenance import write_json
 from retort.train.records import RunLog
@@ -23,7 +24,9 @@ class DistillLog(RunLog):
     def corrections(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Replace the list of corrections."""
         if self.enabled and records:
-            write_json(self.folder / CORRECTIONS, list(records))
+            path = self.folder / CORRECTIONS
+            with writing(path):
+                write_json(path, list(records))
 
 
 def correction_record(correction: Correction, step: int, tokenizer: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from retort.disk import writing
 from retort.provenance import Provenance, write_json, write_text
 
 LOG = "training.jsonl"
@@ -35,18 +36,20 @@ class RunLog:
         """Begin or go on at optimiser step ``step``: what was logged after it is dropped."""
         if not self.enabled:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        write_text(self.folder / LOG, "".join(kept if step else []))
-        write_text(self.folder / self.config_name, yaml.safe_dump(dict(arguments), sort_keys=True))
+        settings = yaml.safe_dump(dict(arguments), sort_keys=True)
         provenance = Provenance.collect(arguments, {"seed": seed})
-        write_json(self.folder / PROVENANCE, provenance.to_dict())
+        with writing(self.folder):
+            write_text(self.folder / LOG, "".join(kept if step else []))
+            write_text(self.folder / self.config_name, settings)
+            write_json(self.folder / PROVENANCE, provenance.to_dict())
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line to the log."""
         if self.enabled:
+            path = self.folder / LOG
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
     def _lines(self) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from retort.disk import writing
 from retort.train import checkpoint
 
 
@@ -27,5 +28,6 @@ def train_to_end(trainer: Trainer, finish: Callable[[Path], None], quiet: bool =
             checkpoint.clean(folder)  # under the lock: it may be another run's that is being filled
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         finish(folder)
-        trainer.save_state()
+        with writing(folder):
+            trainer.save_state()
     return folder

@@ -13,7 +13,8 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from retort.errors import ConfigurationError, RetortError
+from retort.disk import writing
+from retort.errors import ConfigurationError
 from retort.train import checkpoint
 
 
@@ -72,13 +73,17 @@ class WholeCheckpointTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write model and tokenizer; in a run's own folder each file is replaced whole."""
-        if _internal_call or self.accelerator.num_processes > 1:
+        if _internal_call:  # a checkpoint's, which lies beside its place as yet
             super().save_model(output_dir, _internal_call)
             return
         final = Path(output_dir or self._folder)
-        with checkpoint.staging(final) as place:
-            super().save_model(str(place), _internal_call)
-            checkpoint.replace_files(place, final)
+        with writing(final):
+            if self.accelerator.num_processes > 1:
+                super().save_model(output_dir)
+                return
+            with checkpoint.staging(final) as place:
+                super().save_model(str(place))
+                checkpoint.replace_files(place, final)
 
     @property
     def _folder(self) -> Path:
@@ -90,13 +95,15 @@ class WholeCheckpointTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        with self._disk_errors(), checkpoint.staging(folder) as place:
+        with writing(folder / name), checkpoint.staging(folder) as place:
             with self._saving_to(place):
                 super()._save_checkpoint(model, trial)
             self._finish_checkpoint(place / name, folder / name)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             checkpoint.rotate(folder, self.args.save_total_limit, best)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
 
     def _finish_checkpoint(self, filled: Path, final: Path) -> None:
         self.accelerator.wait_for_everyone()
@@ -107,8 +114,6 @@ class WholeCheckpointTrainer(Trainer):
             checkpoint.publish(filled, final)
             filled.parent.rmdir()
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
 
     def _name_best(self, filled: Path, folder: Path) -> None:
         """Name the best checkpoint where it will lie; while it was saved it lay elsewhere."""
@@ -127,15 +132,9 @@ class WholeCheckpointTrainer(Trainer):
         finally:
             self._staging, self.args.push_to_hub = None, push
 
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RetortError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({error}); "
-                "older ones are untouched: make room and run the same command again"
-            ) from error
+    def _load_best_model(self) -> None:
+        checkpoint.require(self.state.best_model_checkpoint or "")  # a checkpoint's file names it
+        super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
