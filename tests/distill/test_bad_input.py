@@ -9,6 +9,7 @@ import yaml
 from retort.cli import run as command
 from retort.distill.capture import CaptureSettings, capture
 from retort.distill.trainer import DistillTrainer
+from retort.manifest import MANIFEST, write_manifest
 from retort.train.arguments import resolved
 from tests.distill.tokenizers import byte_level
 from tests.distill.toys import ROWS, config, llama, tokenizer, trainer
@@ -81,6 +82,23 @@ def test_a_truncated_shard(refusal, parts, tmp_path):
     shard = tmp_path / "cut" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-20])
     assert "shard-00000.safetensors" in refusal(teacher_signal=tmp_path / "cut")
+
+
+def test_a_capture_without_rows_is_not_replaced_by_the_live_teacher(refusal, parts, tmp_path):
+    folder = shutil.copytree(parts / "capture", tmp_path / "bare")
+    facts = json.loads((folder / MANIFEST).read_text())
+    for shard in folder.glob("shard-*"):
+        shard.unlink()
+    write_manifest(folder, facts, skip=("provenance.json", ".lock"))
+    assert "rows=8, its shards hold 0" in refusal(teacher_signal=folder)
+
+
+def test_a_capture_of_ids_beyond_its_vocabulary(refusal, parts, tmp_path):
+    folder = shutil.copytree(parts / "capture", tmp_path / "beyond")
+    facts = json.loads((folder / MANIFEST).read_text())
+    write_manifest(folder, {**facts, "vocab_size": 20}, skip=("provenance.json", ".lock"))
+    line = refusal(teacher_signal=folder)
+    assert "shard-00000.safetensors has 'ids' beyond the vocabulary of 20" in line
 
 
 @pytest.mark.parametrize("method", ["kd", "mgsr"])

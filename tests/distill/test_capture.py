@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from retort.distill import capture as capturing
 from retort.distill.batch import TrainingSequence, build_batch, stream_mask
@@ -20,7 +22,8 @@ from retort.distill.losses.divergence import forward_kl
 from retort.distill.signals import DenseSignal
 from retort.distill.teachers import Teacher
 from retort.errors import ConfigurationError, RetortError
-from retort.manifest import MANIFEST
+from retort.manifest import MANIFEST, write_manifest
+from retort.train.checkpoint import LOCK
 from tests.distill.tokenizers import byte_level
 from tests.distill.toys import ROWS, config, llama, tokenizer, trainer
 
@@ -256,6 +259,97 @@ def test_a_damaged_capture_is_refused_naming_the_file(made, tmp_path, fault, mes
     with pytest.raises(ConfigurationError, match=message) as caught:
         Capture(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def tensors(change):
+    """A fault in the first shard's tensors."""
+
+    def spoil(folder, _):
+        path = folder / "shard-00000.safetensors"
+        parts = load_file(path)
+        change(parts)
+        save_file(parts, path)
+
+    return spoil
+
+
+def beyond(parts):
+    parts["ids"][1, 2] = 258
+
+
+def other_rows(parts):
+    parts["digests"][0, 0] ^= 1
+
+
+def shards_swapped(folder, facts):
+    first, second = (folder / f"shard-0000{n}.safetensors" for n in (0, 1))
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+
+
+def no_shards(folder, _):
+    for path in folder.glob("shard-*"):
+        path.unlink()
+
+
+# By what is wrong: how a capture whose hashes fit gets so, and the file and key that are named.
+MALFORMED = {
+    "no vocabulary": (lambda _, f: f.pop("vocab_size"), f"{MANIFEST} has vocab_size=None"),
+    "a vocabulary as text": (lambda _, f: f.update(vocab_size="258"), "vocab_size='258'"),
+    "no top_k": (lambda _, f: f.pop("top_k"), f"{MANIFEST} has top_k=None"),
+    "no tokenizer": (lambda _, f: f.pop("tokenizer"), f"{MANIFEST} has tokenizer=None"),
+    "a row too many": (lambda _, f: f.update(rows=10), "rows=10, its shards hold 9"),
+    "no shards": (no_shards, "rows=9, its shards hold 0"),
+    "a shard less": (lambda d, _: (d / "shard-00001.safetensors").unlink(), "has rows=9"),
+    "shards in another order": (shards_swapped, "are not those of 'data'"),
+    "no offsets": (tensors(lambda t: t.pop("offsets")), "shard-00000.safetensors lacks 'offsets'"),
+    "offsets that go back": (
+        tensors(lambda t: t.update(offsets=t["offsets"].flip(0))),
+        "shard-00000.safetensors has 'offsets' that do not divide",
+    ),
+    "ids beyond the vocabulary": (tensors(beyond), "shard-00000.safetensors has 'ids' beyond the"),
+    "ids of another type": (
+        tensors(lambda t: t.update(ids=t["ids"].long())),
+        "shard-00000.safetensors has 'ids' as (torch.int64",
+    ),
+    "ids without shape": (
+        tensors(lambda t: t.update(ids=t["ids"][0, 0].clone())),
+        "shard-00000.safetensors has 'ids' as (torch.uint16, ())",
+    ),
+    "a tail too short": (
+        tensors(lambda t: t.update(log_tail=t["log_tail"][1:].clone())),
+        "shard-00000.safetensors has 'log_tail' as",
+    ),
+    "other rows": (tensors(other_rows), "are not those of 'data'"),
+}
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_capture_that_was_written_wrong_is_refused_naming_file_and_key(made, tmp_path, fault):
+    spoil, message = MALFORMED[fault]
+    folder = tmp_path / "c"
+    shutil.copytree(made, folder)
+    facts = json.loads((folder / MANIFEST).read_text())
+    spoil(folder, facts)
+    write_manifest(folder, facts, skip=(capturing.PROVENANCE, LOCK))
+    with pytest.raises(ConfigurationError, match=re.escape(message)) as caught:
+        Capture(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_opening_a_capture_copies_no_tensor(made):
+    """Its tensors are pages of the files: nothing of their size is allocated."""
+    found = Capture(made)
+    parts = found._files[0].get_tensor("ids"), found._files[0].get_tensor("ids")
+    assert parts[0].data_ptr() == parts[1].data_ptr()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"shards": 3}'])
+def test_notes_of_an_unfinished_capture_that_are_damaged_are_refused(tmp_path, content):
+    (tmp_path / capturing.PROGRESS).write_text(content)
+    with pytest.raises(ConfigurationError, match=f"{capturing.PROGRESS} is damaged"):
+        capture(llama(), tokenizer(), rows(), tmp_path, SMALL)
 
 
 def cut(path):

@@ -36,7 +36,7 @@ FORMAT = 1
 PROGRESS = "capture.partial.json"
 PROVENANCE = "provenance.json"
 HEAD_ROWS = 128
-_DIGEST_BYTES = 16
+DIGEST_BYTES = 16
 
 Rows = Sequence[dict[str, Any]]
 """Tokenised rows with ``prompt_ids`` and ``completion_ids`` (see `retort.distill.data`)."""
@@ -126,18 +126,22 @@ def _capture(
 
 def stored(signal: TopKSignal) -> TopKSignal:
     """``signal`` rounded as a capture stores it: compact ids, float16 and a float32 tail."""
-    compact = torch.uint16 if signal.vocab_size <= 1 << 16 else torch.int32
     return TopKSignal(
-        signal.indices.to(compact),
+        signal.indices.to(id_type(signal.vocab_size)),
         signal.log_probs_kept.half(),
         signal.log_tail.float(),
         signal.vocab_size,
     )
 
 
+def id_type(vocab_size: int) -> torch.dtype:
+    """What a capture of so many ids stores them as."""
+    return torch.uint16 if vocab_size <= 1 << 16 else torch.int32
+
+
 def digest(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
     """Sixteen bytes that name a tokenised row, wherever it stands in a dataset."""
-    made = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    made = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for ids in (prompt_ids, completion_ids):
         made.update(len(ids).to_bytes(8, "little"))
         made.update(torch.tensor(list(ids), dtype=torch.int64).numpy().tobytes())
@@ -274,11 +278,12 @@ def _begin(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
     path = folder / PROGRESS
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigurationError(f"{path} is not JSON: delete {folder}") from error
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+            done = dict(before["shards"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigurationError(f"{path} is damaged: delete {folder}") from error
         _require_same(folder, before, facts)
-        return dict(before["shards"])
+        return done
     write_json(path, {**facts, "shards": {}})
     return {}
 

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from retort.distill.batch import Batch, sequence_slices
-from retort.distill.capture import FORMAT, PROGRESS, Rows, data_hash, digest
+from retort.distill.capture import Rows, data_hash, digest
+from retort.distill.capture_files import open_capture
 from retort.distill.config import DistillConfig
 from retort.distill.losses import IGNORED
 from retort.distill.signals import TopKSignal, tokenizer_hash
 from retort.distill.teachers import AdapterOffTeacher, Teacher
 from retort.errors import ConfigurationError
-from retort.manifest import first_fault, read_manifest
 
 _READ = ("input_ids", "attention_mask", "position_ids", "targets")
-_SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 
 
 class Capture:
     """The signal of a finished capture, row by row; nothing but its index is held in memory.
 
-    Every file is hashed when it is opened. Raises ConfigurationError, naming the file, for a
-    capture that is missing, unfinished, damaged or of another format.
+    Every file is hashed and looked through when it is opened. Raises ConfigurationError, naming
+    file and key, for a capture that is missing, unfinished, damaged or of another format.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.facts = _checked(self.folder)
+        self.facts, self._files = open_capture(self.folder)
         self.vocab_size: int = self.facts["vocab_size"]
-        shards = sorted(self.facts["files"])
-        self._files = [_open(self.folder / name) for name in shards]
         self._places = self._index()
 
     def __contains__(self, name: bytes) -> bool:
@@ -168,32 +163,3 @@ def _names(batch: Batch, mask: Tensor) -> list[bytes]:
         prompt = parts["input_ids"][row, place][: int(counted[0]) + 1]
         names.append(digest(prompt.tolist(), targets[counted].tolist()))
     return names
-
-
-def _checked(folder: Path) -> dict[str, Any]:
-    facts = read_manifest(folder) if folder.is_dir() else None
-    if facts is None:
-        reason = "is not finished" if (folder / PROGRESS).is_file() else "holds no capture"
-        raise ConfigurationError(f"{folder} {reason}: run `retort capture` on it (again)")
-    if facts.get("format") != FORMAT or "tokenizer" not in facts:
-        raise ConfigurationError(
-            f"{folder} holds no capture of format {FORMAT}: run `retort capture` into a new folder"
-        )
-    fault = _odd_file(folder, facts["files"]) or first_fault(folder, full=True)
-    if fault is not None:
-        raise ConfigurationError(f"{folder} is damaged: {fault}; delete it and capture again")
-    return facts
-
-
-def _odd_file(folder: Path, names: Iterable[str]) -> str | None:
-    for name in names:
-        if not _SHARD.fullmatch(name) or (folder / name).is_symlink():
-            return f"{name!r} is no shard of its own"
-    return None
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from error
