@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from retort.provenance import write_json
@@ -55,6 +55,8 @@ def first_fault(folder: Path, full: bool = False) -> str | None:
     if manifest is None:
         return f"{MANIFEST} is missing or unreadable"
     files: dict[str, str] = manifest["files"]
+    if outside := [name for name in files if leaves(name)]:
+        return f"its manifest names {outside[0]!r}, which is not in it"
     if not full and _stamp_fits(folder, list(files)):
         return None
     fault = _hash_fault(folder, files)
@@ -65,6 +67,12 @@ def first_fault(folder: Path, full: bool = False) -> str | None:
         else:
             (folder / STAMP).unlink(missing_ok=True)
     return fault
+
+
+def leaves(name: str) -> bool:
+    """Whether ``name``, of a manifest, leads out of the folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts
 
 
 def sha256(path: Path) -> str:

@@ -12,7 +12,6 @@ from retort.distill.bands import Bands
 from retort.distill.losses import DacSettings
 from retort.distill.sequences.replay import ReplayBuffer
 from retort.errors import ConfigurationError, RetortError
-from retort.manifest import write_manifest
 from retort.train import checkpoint
 from tests.distill.toys import trainer
 
@@ -210,28 +209,3 @@ def test_resuming_without_a_checkpoint_says_so(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-3")
     with pytest.raises(ConfigurationError, match="cannot resume"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
-class Evil:
-    """A pickle that would leave a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_pickle_in_a_checkpoint_runs_nothing(tmp_path, name):
-    """T25: even where the manifest was made to fit."""
-    run = trainer(tmp_path / "run", method="sft", save_strategy="steps", save_steps=2, max_steps=2)
-    run.train()
-    folder, canary = checkpoint.newest(tmp_path / "run"), tmp_path / "canary"
-    assert (folder / name).is_file()
-    torch.save({"state": Evil(canary)}, folder / name)
-    write_manifest(folder, {"step": 2})
-    again = trainer(tmp_path / "run", method="sft", max_steps=4)
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):
-        again.train(resume_from_checkpoint=str(folder))
-    assert not canary.exists()

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent, whatever kills the process.
 
 A checkpoint is filled in a hidden sibling folder, given a manifest with the hash of every file,
-brought to disk, and renamed. Resuming takes the newest folder whose files match its manifest.
+brought to disk, and renamed. Resuming takes the newest folder whose files match its manifest, and
+refuses one that brings what is not ours (see `foreign`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from retort.errors import ConfigurationError
 from retort.manifest import first_fault, write_manifest
+from retort.train.foreign import refuse_strange, refuse_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +35,12 @@ _PARTIAL = ".partial"
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``; broken ones are passed over with a warning."""
+    """The newest complete checkpoint in ``folder``; broken ones are passed over with a warning.
+
+    Raises ConfigurationError for one that brings what is not ours.
+    """
     for path in sorted(_all(Path(folder)), key=step_of, reverse=True):
-        fault = first_fault(path, full=True)
+        fault = _fault(path)
         if fault is None:
             return path
         logger.warning("%s is not complete (%s); an older one is looked for", path, fault)
@@ -44,7 +49,7 @@ def newest(folder: str | Path) -> Path | None:
 
 def require(path: str | Path) -> Path:
     """``path`` if it is a complete checkpoint. Raises ConfigurationError naming the fault."""
-    fault = first_fault(Path(path), full=True)
+    fault = _fault(Path(path))
     if fault is not None:
         raise ConfigurationError(f"cannot resume from {path}: {fault}")
     return Path(path)
@@ -150,6 +155,15 @@ def replace_files(source: Path, target: Path) -> None:
         os.replace(path, target / path.name)
     _sync(target)
     source.rmdir()
+
+
+def _fault(path: Path) -> str | None:
+    """`first_fault` of a checkpoint that holds nothing foreign."""
+    refuse_strange(path)
+    fault = first_fault(path, full=True)
+    if fault is None:
+        refuse_unreadable(path)
+    return fault
 
 
 def _all(folder: Path) -> list[Path]:
