@@ -1,7 +1,7 @@
 """What each process of a distributed test runs, started by ``accelerate launch``.
 
-Every method trains two optimiser steps in float64; the main process' logs and weights, and whether
-all processes ended alike, are what the test reads.
+Every method trains a few optimiser steps in float64; the main process' logs and weights, and
+whether all processes ended alike, are what the test reads.
 """
 
 import json
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
 
 from retort.distill.presets import PRESETS
-from tests.distill.toys import ROWS, llama, trainer
+from tests.distill.toys import FULL_BUFFER, ROWS, llama, trainer
 
 REPLAY = {"method": "kd", "lmbda": 0.6, "sft_weight": 0.5, "max_steps": 4}
 REPLAY |= {"replay_buffer_size": 6, "replay_share": 0.5}
@@ -29,6 +29,7 @@ RESUMED |= {"logging_steps": 3, "dac_mode": "learned", "lmbda": 0.8}
 def cases():
     """Arguments of each run by name: every preset, mixes, a LoRA student, and evaluation."""
     mixes = {"replay": REPLAY, "seldom": SELDOM, "lora": LORA, "answers": ANSWERS}
+    mixes["full buffer"] = FULL_BUFFER
     return {name: {"method": name} for name in PRESETS} | mixes
 
 

@@ -76,6 +76,8 @@ def test_two_processes_are_one_with_twice_the_rows(shared, single, name, accumul
         assert found.keys() == expected.keys()
         for key, value in expected.items():  # loss, gradient norm, every term, count and share
             assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+    if name == "full buffer":
+        assert "source/student" in one[0] and "source/replay" in one[-1]
     first, second = ends(ours, "digest")
     assert first == second  # both processes hold the same weights, bands and buffer
     assert first.keys() == whole.keys()

@@ -15,7 +15,17 @@ from retort.distill.sequences.replay import ReplayBuffer
 from retort.distill.sequences.sources import Sources
 from retort.errors import ConfigurationError, RetortError
 from tests.decode.toys import toy
-from tests.distill.toys import ROWS, config, llama, tokenizer, trainer, weights
+from tests.distill.toys import (
+    FULL_BUFFER,
+    ROWS,
+    config,
+    llama,
+    record_accepted,
+    record_texts,
+    tokenizer,
+    trainer,
+    weights,
+)
 
 
 def logged(folder):
@@ -82,10 +92,14 @@ def test_mgsr_trains_on_the_dataset_and_on_revised_student_text(tmp_path):
     assert counts["dac"] == int((batch["targets"][[1, 3]] != IGNORED).sum())
 
 
-@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("method", [*PRESETS, "distillm with a full buffer"])
 def test_batch_and_accumulation_are_one_thing(tmp_path, method):
-    """2 × 4 equals 8 × 1 and 1 × 8 in loss, gradient norm and weights after two steps."""
-    made = [one_run(tmp_path / str(n), method, n) for n in (8, 2, 1)]
+    """2 × 4 equals 8 × 1 and 1 × 8 in loss, gradient norm and weights after the last step."""
+    changes = FULL_BUFFER if "buffer" in method else {"method": method}
+    made = [one_run(tmp_path / str(n), n, **changes) for n in (8, 2, 1)]
+    if "buffer" in method:
+        sources = [{k for k in r if k.startswith("source/")} for r in logged(tmp_path / "1")]
+        assert sources[0] == {"source/student"} and {"source/replay"} in sources
     (loss, norm, end), *others = made
     for other_loss, other_norm, other_end in others:
         assert other_loss == pytest.approx(loss, rel=2e-5)
@@ -94,16 +108,15 @@ def test_batch_and_accumulation_are_one_thing(tmp_path, method):
             torch.testing.assert_close(other_end[name], value, rtol=1e-4, atol=2e-5)
 
 
-def one_run(folder, method, batch_size):
+def one_run(folder, batch_size, **changes):
     student = llama(2, dtype=torch.float64)
     run = trainer(
         folder,
         student,
         llama(1, dtype=torch.float64),
-        method=method,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=8 // batch_size,
-        max_steps=2,
+        **{"max_steps": 2, **changes},
     )
     run.train()
     losses = [(r["loss"], r["grad_norm"]) for r in logged(folder) if "loss" in r]
@@ -111,7 +124,7 @@ def one_run(folder, method, batch_size):
 
 
 def test_methods_differ(tmp_path):
-    ends = [one_run(tmp_path / name, name, 8)[0][-1] for name in PRESETS]
+    ends = [one_run(tmp_path / name, 8, method=name)[0][-1] for name in PRESETS]
     assert len({round(loss, 6) for loss in ends}) == len(PRESETS)
 
 
@@ -227,13 +240,21 @@ def test_revision_starts_after_the_warm_up(tmp_path):
     assert corrected[:2] == [0, 0] and min(corrected[2:]) > 0
 
 
-def test_drafts_do_not_change_what_the_student_writes(tmp_path):
-    ends = []
-    for drafter in (None, "prompt-lookup"):
-        run = trainer(tmp_path / str(drafter), method="rkl", rollout_drafter=drafter)
+@pytest.mark.parametrize("choices", [{"rollout_temperature": 0.05}, {"do_sample": False}])
+def test_drafts_do_not_change_what_the_student_writes(tmp_path, monkeypatch, choices):
+    """Every token of every step, drawn or likeliest, and so every weight, to the bit."""
+    texts, accepted = record_texts(monkeypatch), record_accepted(monkeypatch)
+    ends, sizes = [], {"max_completion_length": 32, "max_length": 128}
+    for drafter in ("none", "prompt-lookup"):
+        made = {"method": "rkl", "rollout_drafter": drafter, **sizes, **choices}
+        run = trainer(tmp_path / drafter, **made)
         run.train()
-        ends.append([r["reverse_kl"] for r in logged(tmp_path / str(drafter)) if "loss" in r])
-    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+        ends.append(weights(run.model))
+        assert bool(accepted) == (drafter != "none")
+    assert texts[:4] == texts[4:] and len(texts) == 8 and all(map(len, texts))
+    assert sum(accepted) > 0
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
 
 
 # Records

@@ -2,11 +2,15 @@
 
 import torch
 
+from retort.decode.stats import EngineStats
 from retort.distill.config import DistillConfig
+from retort.distill.sequences.sources import Sources
 from retort.distill.trainer import DistillTrainer
 from tests.decode.toys import toy
 from tests.distill.tokenizers import byte_level
 
+# After one step of eight rows the buffer is full; seed 42 chooses student, student, replay.
+FULL_BUFFER = {"method": "distillm", "phi": 0.9, "replay_buffer_size": 8, "max_steps": 3}
 WORDS = ["the cat", "a dog sat", "hello", "my old house, far off", "we know", "green", "x", "on"]
 ROWS = [{"prompt": f"{w} and", "completion": f" {w[::-1]}."} for w in WORDS]
 
@@ -49,12 +53,13 @@ def config(folder, **changes):
 
 
 def trainer(folder, student=None, teacher=None, rows=ROWS, **changes):
-    """A trainer over `ROWS` with random models."""
+    """A trainer over `ROWS` with random models; ``phi`` is where DistiLLM's scheduler begins."""
+    phi = changes.pop("phi", 0.0)
     callbacks = changes.pop("callbacks", None)
     evaluation = changes.pop("eval_dataset", None)
     if evaluation is None and changes.get("method") == "distillm":
         evaluation = ROWS[:2]
-    return DistillTrainer(
+    made = DistillTrainer(
         model=student or llama(2),
         args=config(folder, **changes),
         teacher_model=teacher or llama(1),
@@ -63,6 +68,33 @@ def trainer(folder, student=None, teacher=None, rows=ROWS, **changes):
         processing_class=tokenizer(),
         callbacks=callbacks,
     )
+    made.rollouts.sources.schedule.phi = phi
+    return made
+
+
+def record_texts(monkeypatch):
+    """A list that receives the ids of every text that a student writes, a list each step."""
+    texts, draw = [], Sources.draw
+
+    def recorded(*arguments):
+        sequences, writing = draw(*arguments)
+        texts.append([text.tokens for text in writing.texts])
+        return sequences, writing
+
+    monkeypatch.setattr(Sources, "draw", recorded)
+    return texts
+
+
+def record_accepted(monkeypatch):
+    """A list that receives how many tokens of every draft were accepted."""
+    accepted, record = [], EngineStats.record_draft
+
+    def recorded(stats, length, count):
+        accepted.append(count)
+        record(stats, length, count)
+
+    monkeypatch.setattr(EngineStats, "record_draft", recorded)
+    return accepted
 
 
 def weights(model):
