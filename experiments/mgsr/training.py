@@ -14,6 +14,7 @@ from settings import Places, Settings
 
 from retort.distill.config import DistillConfig
 from retort.distill.influence import layer_influence, most_influential
+from retort.distill.presets import preset
 from retort.distill.run import run
 from retort.models import zoo
 
@@ -61,7 +62,6 @@ def configuration(cell: Cell, settings: Settings, places: Places) -> DistillConf
         per_device_train_batch_size=settings.rows,
         freeze_embeddings=True,
         bf16=bool(settings.bf16),
-        scrg_warmup_steps=settings.scrg_warmup_steps,
         lr_scheduler_type="constant",  # see `TokenBudget`
         max_steps=math.ceil(settings.tokens(cell.stage) / settings.least_step_tokens),
         include_num_input_tokens_seen="non_padding",
@@ -75,6 +75,7 @@ def configuration(cell: Cell, settings: Settings, places: Places) -> DistillConf
         **models(cell, settings, places),
         **teacher_type(cell, settings),
         **followed(cell, places),
+        **revised(cell, settings),
         **cell.overrides,
     )
     config.per_device_train_batch_size = max(settings.rows // streams(config), 1)
@@ -143,6 +144,12 @@ def followed(cell: Cell, places: Places) -> dict[str, Any]:
         "eval_steps": 10,
         "per_device_eval_batch_size": 8,
     }
+
+
+def revised(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """When revision begins, for the cells that revise."""
+    revises = cell.overrides.get("scrg", preset(cell.method).scrg)
+    return {"scrg_warmup_steps": settings.scrg_warmup_steps} if revises else {}
 
 
 def learning_rate(cell: Cell, settings: Settings, places: Places) -> float:

@@ -155,7 +155,8 @@ def test_a_quantised_teacher_teaches(parts, tmp_path, bits):
     exact = llama(1, hidden_size=64, intermediate_size=128, head_dim=32)  # bitsandbytes blocks
     exact.save_pretrained(tmp_path / "exact")
     tokenizer().save_pretrained(tmp_path / "exact")
-    changes = {"use_peft": False, "teacher_model_name_or_path": str(tmp_path / "exact")}
+    changes = {"use_peft": False, "lora_r": 16, "lora_target_modules": None}
+    changes |= {"teacher_model_name_or_path": str(tmp_path / "exact")}
     made = settings(parts, tmp_path / "run", method="kd", teacher_quantization=bits, **changes)
     teacher = load_teacher(made)
     kinds = {type(module).__name__ for module in teacher.modules()}

@@ -9,7 +9,9 @@ import yaml
 from retort.cli import run as command
 from retort.distill.capture import CaptureSettings, capture
 from retort.distill.trainer import DistillTrainer
+from retort.errors import ConfigurationError
 from retort.manifest import MANIFEST, write_manifest
+from retort.models import zoo
 from retort.train.arguments import resolved
 from tests.distill.tokenizers import byte_level
 from tests.distill.toys import ROWS, config, llama, tokenizer, trainer
@@ -64,6 +66,42 @@ def refusal(parts, tmp_path, monkeypatch, capsys):
 
 def test_tokenizers_that_differ(refusal, parts):
     assert "tokenizers differ at id" in refusal(model_name_or_path=parts / "stranger")
+
+
+def refused_in_python(teacher, student=None, words=None, **changes):
+    """What `DistillTrainer` says of a teacher (a name or a model), before weights are read."""
+    with pytest.raises(ConfigurationError) as caught:
+        DistillTrainer(
+            student or llama(2),
+            config("unused", method="kd", **changes),
+            teacher,
+            ROWS,
+            processing_class=words or tokenizer(),
+        )
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_tokenizers_that_differ_in_python(parts, monkeypatch):
+    stranger = zoo.load_model(str(parts / "stranger"))
+    monkeypatch.setattr(zoo, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    by_name = str(parts / "stranger")
+    for teacher in (by_name, stranger):
+        line = refused_in_python(teacher, str(parts / "student"))
+        assert "Teacher and student tokenizers differ at id" in line
+    line = refused_in_python(by_name, str(parts / "student"), byte_level())
+    assert "processing_class's and the student's tokenizers differ" in line
+
+
+@pytest.mark.parametrize("size", [97, 5000])
+def test_a_head_that_no_padding_explains_in_python(size):
+    line = refused_in_python(llama(1, vocab_size=size))
+    assert f"The teacher predicts {size} tokens, the student 258" in line
+
+
+def test_keywords_that_fit_nothing(refusal):
+    line = refusal(model_init_kwargs='{"foo": 1}')
+    assert "with the keywords {'foo': 1}" in line and "a fault of Retort" not in line
 
 
 def test_a_capture_made_for_other_data(refusal, parts, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from retort.cli import run as command
 from retort.distill import capture as capturing
 from retort.distill.batch import TrainingSequence, build_batch, stream_mask
 from retort.distill.capture import CaptureSettings, capture, digest, stored
@@ -185,7 +186,7 @@ def test_kill_nine_on_the_command_line_changes_no_bit(tmp_path):
     lines = [{"prompt": f"row {i}", "completion": "x" * (20 + i % 7)} for i in range(40)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def command(folder):
+    def arguments(folder):
         options = ["--shard-tokens", "120", "--batch-size", "2"]
         return ["capture", str(model), str(data), str(tmp_path / folder), *options]
 
@@ -195,12 +196,12 @@ def test_kill_nine_on_the_command_line_changes_no_bit(tmp_path):
         return subprocess.run(run, capture_output=True, check=False, env=one_thread)
 
     whole = "from retort.cli import main; main()"
-    assert start(whole, *command("whole")).returncode == 0
+    assert start(whole, *arguments("whole")).returncode == 0
     for place in ("_write_shard", "2"), ("write_json", "4"), ("write_manifest", "1"):
-        done = start(KILLED, *place, *command("killed"))
+        done = start(KILLED, *place, *arguments("killed"))
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
         assert not (tmp_path / "killed" / MANIFEST).exists()
-    assert start(whole, *command("killed")).returncode == 0
+    assert start(whole, *arguments("killed")).returncode == 0
     assert shards(tmp_path / "killed") == shards(tmp_path / "whole")
     assert len(shards(tmp_path / "whole")) > 5
 
@@ -375,6 +376,45 @@ def test_other_data_and_another_tokenizer_are_refused(made):
         found.check(tokenizer(), other, "train.jsonl")
     with pytest.raises(ConfigurationError, match="another tokenizer"):
         found.check(byte_level(), rows(), "train.jsonl")
+
+
+def test_a_row_is_named_by_its_place_in_the_data_where_rows_were_left_out(made):
+    kept = [{"index": 2 * place, **row} for place, row in enumerate(rows()[:3])]
+    other = {"index": 17, "prompt_ids": [1], "completion_ids": [2, 3]}
+    with pytest.raises(ConfigurationError, match=r"row 18 of train.jsonl"):
+        Capture(made).check(tokenizer(), [*kept, other], "train.jsonl")
+
+
+@pytest.fixture
+def refused_capture(tmp_path, monkeypatch, capsys):
+    """What `retort capture` says of a text and an output folder, with no weight read."""
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("retort.models.zoo.load_model", lambda *_, **__: pytest.fail("loaded"))
+
+    def said(completion, *flags):
+        data = tmp_path / "rows.jsonl"
+        data.write_text(json.dumps({"prompt": "a", "completion": completion}) + "\n")
+        places = [str(tmp_path / name) for name in ("model", "rows.jsonl", "out")]
+        assert command(["capture", *places, *flags]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return said
+
+
+def test_the_command_looks_at_rows_and_folder_before_it_reads_weights(
+    refused_capture, tmp_path, made
+):
+    out = tmp_path / "out"
+    assert "row 1: column 'completion' is empty" in refused_capture("")
+    assert "--dtype" in refused_capture("b", "--model-init-kwargs", '{"dtype": "float16"}')
+    assert not out.exists()
+    out.mkdir()
+    (out / "diary.txt").write_text("dear diary")
+    assert "holds no capture" in refused_capture("b")
+    shutil.rmtree(out)
+    shutil.copytree(made, out)
+    assert "holds a capture with teacher=''" in refused_capture("b")
 
 
 def test_a_folder_of_other_inputs_is_refused(made, tmp_path):

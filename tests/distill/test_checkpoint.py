@@ -4,16 +4,21 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
 
 from retort.distill.bands import Bands
+from retort.distill.config import FREE, DistillConfig, fixed_choices
 from retort.distill.losses import DacSettings
+from retort.distill.parts import Models
+from retort.distill.presets import KEYS
 from retort.distill.sequences.replay import ReplayBuffer
+from retort.distill.trainer import DistillTrainer
 from retort.errors import ConfigurationError, RetortError
 from retort.train import checkpoint
-from tests.distill.toys import trainer
+from tests.distill.toys import ROWS, config, llama, tokenizer, trainer
 
 
 def publish(folder, step, content="x"):
@@ -136,8 +141,11 @@ def test_a_restored_buffer_holds_the_same_pairs_in_order():
     assert again.state_dict() == buffer.state_dict() == {"pairs": [[[1], [1, 1]], [[2], [2, 2]]]}
 
 
+REPLAY = {"replay_buffer_size": 5, "replay_share": 0.1}
+
+
 def test_a_trainers_checkpoint_holds_everything_and_loads_as_a_model(tmp_path):
-    run = trainer(tmp_path, save_strategy="steps", save_steps=2, replay_buffer_size=5)
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2, **REPLAY)
     run.train()
     folder = checkpoint.newest(tmp_path)
     assert folder.name == "checkpoint-4"
@@ -193,12 +201,64 @@ def test_a_full_or_read_only_disk_is_one_line_and_leaves_the_older_checkpoint(
     assert not (tmp_path / ".checkpoint.partial").exists()
 
 
-@pytest.mark.parametrize("changes", [{"method": "kd"}, {"seed": 7}])
-def test_another_run_is_not_continued(tmp_path, changes):
-    trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
-    other = trainer(tmp_path, **changes)
-    with pytest.raises(ConfigurationError, match=next(iter(changes))):
-        other.train(resume_from_checkpoint=True)
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Folder of a run of mgsr with a checkpoint of its first step."""
+    folder = tmp_path_factory.mktemp("begun")
+    trainer(folder, save_strategy="steps", save_steps=1, max_steps=1).train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "kd"}, "method='mgsr', this run has 'kd'"),
+        ({"seed": 7}, "seed=42, this run has 7"),
+        ({"lmbda": 0.5}, "lmbda=1.0, this run has 0.5"),
+        ({"divergence": "forward_kl"}, "divergence='dac', this run has 'forward_kl'"),
+        ({"dac_mode": "fixed"}, "dac_mode='learned', this run has 'fixed'"),
+        ({"dac_top_k": 9}, "dac_top_k=64, this run has 9"),
+        ({"span_distance": "kl"}, "span_distance='l2', this run has 'kl'"),
+        ({"max_length": 40}, "max_length=64, this run has 40"),
+        ({"max_completion_length": 5}, "max_completion_length=8, this run has 5"),
+        ({"max_train_rows": 4}, "max_train_rows=None, this run has 4"),
+        ({"rows": ROWS[::-1]}, "train_rows='8 rows of hash "),
+        ({"rows": ROWS[:7]}, "this run has '7 rows of hash "),
+    ],
+)
+def test_another_run_is_not_continued(begun, changes, said, monkeypatch):
+    """Before the checkpoint's weights are read, and before a model's where it is named at once."""
+    monkeypatch.setattr(DistillTrainer, "_load_from_checkpoint", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ConfigurationError) as caught:
+        trainer(begun, **changes).train(resume_from_checkpoint=True)
+    assert said in str(caught.value) and "another output_dir" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(Models, "load", lambda _: pytest.fail("loaded"))
+    rows = changes.pop("rows", ROWS)
+    given = (llama(2), config(begun, **changes), llama(1), rows)
+    with pytest.raises(ConfigurationError) as at_once:
+        DistillTrainer(
+            *given, processing_class=tokenizer(), resume_from=checkpoint.newest(begun, full=False)
+        )
+    assert str(at_once.value) == str(caught.value)
+
+
+def test_an_option_is_fixed_unless_it_is_free(tmp_path):
+    """What is new is compared from the start; what changes no weight may change."""
+    made = fixed_choices(config(tmp_path))
+    assert not {*FREE} & made.keys() and {*FREE} <= {f.name for f in fields(DistillConfig)}
+    assert {*KEYS, "dac_lower", "span_chunker", "teacher_signal", "scrg_rounds"} <= made.keys()
+    for changes in {"rollout_batch_size": 2}, {"loss_chunk_size": 0}, {"max_steps": 9}:
+        assert fixed_choices(config(tmp_path, **changes)) == made
+
+
+def test_a_choice_that_json_does_not_know_is_kept_by_its_name(tmp_path):
+    now = {"model_init_kwargs": {"dtype": torch.bfloat16}}
+    checkpoint.save_state(tmp_path, {"fixed": checkpoint.plain(now)}, {})
+    checkpoint.check_same_run(tmp_path, {**now, "new": 3})
+    now["model_init_kwargs"] = {"dtype": torch.float16}
+    with pytest.raises(ConfigurationError, match=r"torch\.bfloat16.* has .*torch\.float16"):
+        checkpoint.check_same_run(tmp_path, now)
 
 
 def test_resuming_without_a_checkpoint_says_so(tmp_path):

@@ -1,12 +1,14 @@
 """The configuration: presets, overrides, and errors that name the key."""
 
 import importlib.util
+from dataclasses import MISSING, fields
 
 import pytest
 import yaml
 from transformers import HfArgumentParser
 
 from retort.distill.config import DistillConfig
+from retort.distill.options.uses import USES
 from retort.distill.presets import PRESETS, Preset
 from retort.errors import ConfigurationError
 from retort.train.arguments import resolved
@@ -89,12 +91,66 @@ def test_the_papers_constants_are_the_defaults(tmp_path):
         ({"student_config": "{bad"}, "student_config"),
         ({"student_config": "[1]"}, "student_config"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+        ({"model_init_kwargs": {"trust_remote_code": True}}, "model_init_kwargs"),
     ],
 )
 def test_a_wrong_value_is_named_in_one_line(tmp_path, values, named):
     with pytest.raises(ConfigurationError, match=named) as caught:
         build(tmp_path, **values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"dac_mode": "fixed", "dac_lower": 0.9, "dac_upper": 0.1}, "dac_lower=0.9 must lie below"),
+        ({"dac_mode": "fixed", "dac_upper": -1}, "dac_upper=-1"),
+        ({"dac_lower": 0.1}, "dac_lower=0.1 contradicts method='mgsr' as it is set: only"),
+        ({"dac_lower": 0.1}, "dac_mode='fixed'"),
+        ({"dac_mode": "fixed", "dac_coverage": 0.9}, "dac_mode='learned'"),
+        ({"dac_mode": "fixed", "dac_learning_rate": 0.1}, "dac_learning_rate=0.1"),
+        ({"method": "kd", "dac_mode": "fixed"}, "only divergence='dac' reads it"),
+        (
+            {"method": "kd", "rollout_drafter": "prompt-lookup"},
+            "only text that student or",
+        ),
+        ({"method": "gkd", "rollout_draft_budget": 9}, "only a rollout_drafter"),
+        ({"rollout_temperature": 0.5}, "do_sample=True"),
+        ({"method": "kd", "scrg_rounds": 3}, "only scrg=True reads it"),
+        ({"scrg": False, "scrg_rounds": 3, "scrg_warmup_steps": 0}, "scrg_rounds=3, scrg_warmup"),
+        ({"method": "kd", "span_distance": "kl"}, "only a span_weight above 0 reads it"),
+        ({"span_weight": 0, "span_chunker": "random"}, "span_chunker='random'"),
+        ({"method": "gkd", "replay_buffer_size": 9}, "replay_share above 0"),
+        ({"method": "kd", "teacher_text_file": "a.jsonl"}, "completions='teacher'"),
+        ({"method": "sft", "lora_r": 8}, "use_peft=True"),
+        ({"method": "kd", "student_config": {"v_factor": 1}}, "student_type"),
+    ],
+)
+def test_what_nothing_reads_is_refused_naming_who_would(tmp_path, values, said):
+    with pytest.raises(ConfigurationError) as caught:
+        build(tmp_path, **values)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "kd", "max_completion_length": 9, "rollout_batch_size": 2},
+        {"method": "kd", "divergence": "dac", "dac_mode": "fixed", "dac_upper": 0.5},
+        {"method": "kd", "lmbda": 0.5, "scrg": True, "scrg_rounds": 2},
+        {"method": "kd", "span_weight": 1, "span_distance": "kl"},
+        {"method": "seqkd", "rollout_drafter": "prompt-lookup", "rollout_draft_budget": 2},
+        {"method": "kd", "rollout_drafter": "none"},
+        {"dac_mode": "literal", "dac_learning_rate": 0.1},
+    ],
+)
+def test_limits_and_what_a_mix_reads_are_fine(tmp_path, values):
+    build(tmp_path, **values)
+
+
+def test_every_use_names_options(tmp_path):
+    known = {field.name: field.default for field in fields(DistillConfig)}
+    assert all(known[key] is not MISSING for use in USES for key in use.keys)
 
 
 def test_a_reporter_that_is_not_installed_is_named_in_one_line(tmp_path):
@@ -121,7 +177,12 @@ def test_flags_parse_with_json_values(tmp_path):
 
 def test_resolved_arguments_give_the_same_configuration_back(tmp_path):
     made = build(
-        tmp_path, method="kd", lmbda=0.5, student_config={"v_factor": 1}, hub_token="s3cret"
+        tmp_path,
+        method="kd",
+        lmbda=0.5,
+        student_type="dense_retnet",
+        student_config={"v_factor": 1},
+        hub_token="s3cret",
     )
     path = tmp_path / "again.yaml"
     path.write_text(yaml.safe_dump(resolved(made)))

@@ -212,6 +212,28 @@ def test_rows_are_refused_before_anything_is_asked(server, tmp_path):
     assert [body["prompt"] for _, _, body in server.asked] == [ROWS[0]["prompt"]]
 
 
+def test_nothing_is_asked_before_evaluation_rows_and_weights_are_found_fit(
+    server, tmp_path, monkeypatch
+):
+    llama(2).save_pretrained(tmp_path / "student")
+    args = config(tmp_path / "run", method="seqkd", teacher_url=server.url)
+
+    def build(student, evaluation):
+        given = (args, None, ROWS, evaluation, tokenizer())
+        with pytest.raises(RetortError) as caught:
+            DistillTrainer(student, *given)
+        assert not server.asked and not (tmp_path / "run").exists()
+        return str(caught.value)
+
+    assert "row 1" in build(llama(2), [{"prompt": "a", "completion": ""}])
+
+    def unreadable(*_, **__):
+        raise RetortError("weights that cannot be read")
+
+    monkeypatch.setattr("retort.models.zoo.load_model", unreadable)
+    assert "cannot be read" in build(str(tmp_path / "student"), ROWS[:2])
+
+
 def test_a_server_of_several_models_needs_a_name(server, tmp_path):
     server.models = ["a", "b"]
     with pytest.raises(ConfigurationError, match=r"\['a', 'b'\]: name one of them"):

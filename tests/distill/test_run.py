@@ -5,11 +5,13 @@ import sys
 import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
-from retort.distill.config import DistillConfig
+from retort.distill.config import DistillConfig, fixed_choices
 from retort.distill.run import run
 from retort.distill.spans import _spacy_pipeline
 from retort.errors import ConfigurationError, RetortError
-from tests.distill.toys import config
+from retort.train import checkpoint
+from tests.distill.tokenizers import byte_level
+from tests.distill.toys import config, llama, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,52 @@ def test_a_student_that_cannot_answer(refused, mamba):
 
 def test_a_split_of_one_file(refused):
     assert "no split 'zzz'" in refused(dataset_train_split="zzz")
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Flags of teacher and student, saved with their tokenizers."""
+    for name, seed in ("teacher", 1), ("student", 2):
+        llama(seed).save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    keys = {"teacher": "teacher_model_name_or_path", "student": "model_name_or_path"}
+    return {key: str(tmp_path / name) for name, key in keys.items()}
+
+
+def test_tokenizers_rows_captures_and_drafters_come_before_weights(refused, pair, tmp_path):
+    llama(3, vocab_size=264).save_pretrained(tmp_path / "wide")
+    assert "vocabulary of 264" in refused(**pair, rollout_drafter=str(tmp_path / "wide"))
+    missing = {"method": "kd", "teacher_signal": str(tmp_path / "none")}
+    assert "none holds no capture" in refused(**pair, **missing)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"prompt": "a", "completion": ""}\n')
+    assert "row 1: column 'completion' is empty" in refused(**pair, dataset_name=str(empty))
+    assert "2 layers to choose from" in refused(**pair, student_num_hidden_layers=9)
+    assert "rising numbers from 0 to 1" in refused(**pair, student_layer_indices=[0, 2])
+    byte_level().save_pretrained(tmp_path / "student")
+    assert "tokenizers differ at id" in refused(**pair)
+
+
+def test_the_models_contexts_bound_a_row_before_weights(refused, pair, tmp_path):
+    llama(1, max_position_embeddings=8).save_pretrained(tmp_path / "teacher")
+    long = tmp_path / "long.jsonl"
+    long.write_text('{"prompt": "123456789", "completion": "b"}\n')
+    assert "the prompt has 9 tokens and max_length" in refused(**pair, dataset_name=str(long))
+
+
+def test_another_run_is_refused_before_weights(pair, tmp_path, monkeypatch):
+    folder, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    made = config(folder, method="kd", **pair, dataset_name=str(rows))
+    with checkpoint.staging(folder) as place:
+        (place / "checkpoint-2").mkdir()
+        state = {"fixed": checkpoint.plain(fixed_choices(made))}
+        checkpoint.save_state(place / "checkpoint-2", state, {})
+        checkpoint.publish(place / "checkpoint-2", folder / "checkpoint-2")
+    monkeypatch.setattr("retort.models.zoo.load_model", lambda *_, **__: pytest.fail("loaded"))
+    other = config(folder, method="kd", lmbda=1, **pair, dataset_name=str(rows))
+    with pytest.raises(ConfigurationError, match=r"lmbda=0\.0, this run has 1: choose another"):
+        run(other)
 
 
 @pytest.mark.parametrize("values", [{"report_to": "nix"}, {"max_steps": 0}])

@@ -109,6 +109,13 @@ def test_the_first_difference_is_named():
         check_vocabularies(byte_level(), renamed)
 
 
+def test_who_asks_says_what_to_do():
+    other = byte_level()
+    other.add_tokens(["<extra>"])
+    with pytest.raises(ConfigurationError, match=r"^Two tokenizers differ at .*\. Do this\.$"):
+        check_vocabularies(byte_level(), other, "Do this.", "Two")
+
+
 def test_equal_vocabularies_that_split_differently_are_refused():
     from tokenizers import normalizers
 

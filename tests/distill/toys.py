@@ -42,11 +42,12 @@ def config(folder, **changes):
         "save_strategy": "no",
         "max_length": 64,
         "max_completion_length": 8,
-        "scrg_warmup_steps": 0,
         "report_samples": 0,
         "disable_tqdm": True,
         "report_to": "none",
     }
+    if changes.get("scrg", changes.get("method", "mgsr") == "mgsr"):
+        values["scrg_warmup_steps"] = 0
     if changes.get("method") == "distillm":  # its scheduler follows evaluations
         values |= {"eval_strategy": "steps", "eval_steps": 1}
     return DistillConfig(**{**values, **changes})

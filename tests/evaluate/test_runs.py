@@ -12,6 +12,7 @@ from retort.evaluate.cells import Judge
 from retort.evaluate.comparing import compare
 from retort.evaluate.runs import EvaluationSettings, evaluate_runs
 from retort.evaluate.scores import STATISTICS
+from tests.distill.tokenizers import byte_level
 from tests.distill.toys import llama, tokenizer
 
 SETTINGS = EvaluationSettings(max_new_tokens=4)
@@ -124,6 +125,15 @@ def test_a_cell_belongs_to_model_data_teacher_and_settings(place, tmp_path):
     other = EvaluationSettings(max_new_tokens=5)
     names.add(evaluating.cell_hash(place / "first", place / "qa.jsonl", None, other))
     assert len(names) == 5
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_in_terms_of_evaluation(place, tmp_path):
+    llama(3).save_pretrained(tmp_path / "stranger")
+    byte_level().save_pretrained(tmp_path / "stranger")
+    judge = Judge(place / "first", tmp_path / "stranger", SETTINGS)
+    with pytest.raises(ConfigurationError, match="tokenizers differ at id") as caught:
+        judge.judge(ROWS)
+    assert "leave the teacher out" in str(caught.value) and "sft" not in str(caught.value)
 
 
 def cells(metric, **runs):

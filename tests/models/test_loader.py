@@ -43,6 +43,37 @@ def test_dtype(folder, dtype, expected):
     assert not model.training
 
 
+@pytest.mark.parametrize(
+    ("keyword", "said"),
+    [
+        ({"foo": 1}, r"keywords \{'foo': 1\}: .*'foo'"),
+        ({"attn_implementation": 5}, r"keywords \{'attn_implementation': 5\}"),
+        ({"max_position_embeddings": "x"}, "'max_position_embeddings' expected int"),
+        ({"dtype": 5}, "unknown dtype 5"),
+    ],
+)
+def test_a_keyword_that_fits_nothing_is_the_callers_error(folder, keyword, said):
+    with pytest.raises(RetortError, match=said) as caught:
+        zoo.load_model(folder, **keyword)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_outline_says_what_the_model_would(folder):
+    model, outline = zoo.load_model(folder), zoo.load_outline(folder)
+    assert outline.generation_config.eos_token_id == model.generation_config.eos_token_id
+    assert outline.config.to_dict().keys() == model.config.to_dict().keys()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    for made in (zoo.load_model(folder), zoo.load_outline(folder)):
+        assert made.generation_config.eos_token_id == [5, 6]
+    assert zoo.load_outline(folder, max_position_embeddings=7).config.max_position_embeddings == 7
+
+
+def test_a_model_at_hand_is_one_that_nothing_is_fetched_for(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("RETORT_CACHE", str(tmp_path / "cache"))
+    assert zoo.is_at_hand(str(folder))
+    assert not any(map(zoo.is_at_hand, ("", "nobody/nothing", "no such folder")))
+
+
 def test_unknown_dtype(folder):
     with pytest.raises(ConfigurationError, match=r"unknown dtype 'fp7'; one of auto, float32"):
         zoo.load_model(folder, dtype="fp7")

@@ -13,6 +13,12 @@ import typer
 from retort.cli.output import print_json, say
 from retort.errors import ConfigurationError
 
+_OWN_FLAGS = {
+    "dtype": "--dtype",
+    "device": "--device",
+    "trust_remote_code": "--trust-remote-code",
+}
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb of this file."""
@@ -64,7 +70,8 @@ def capture(
         retort distill --method kd --teacher_signal captures/train --dataset_name train.jsonl
     """
     keywords = _keywords(model_init_kwargs)
-    from retort.distill.capture import CaptureSettings
+    from retort.decode.support import max_length as context_of
+    from retort.distill.capture import CaptureSettings, check_folder
     from retort.distill.capture import capture as run
     from retort.distill.data import Encoding, end_tokens, load_rows, tokenize
     from retort.models import zoo
@@ -73,20 +80,20 @@ def capture(
     rows = load_rows(dataset, split, dataset_config)
     rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
     tokenizer = zoo.load_tokenizer(teacher, trust_remote_code)
-    say(f"Loading {teacher}")
-    model = zoo.load_model(teacher, dtype, device, trust_remote_code, **keywords)
-    from retort.decode.support import max_length as context_of
-
-    context = context_of(model.config)
+    outline = zoo.load_outline(teacher, trust_remote_code, **keywords)
+    context = context_of(outline.config)
     encoding = Encoding(
         tokenizer=tokenizer,
-        eos_ids=end_tokens(tokenizer, model),
+        eos_ids=end_tokens(tokenizer, outline),
         max_length=max_length if context is None else min(max_length, context),
         as_chat=as_chat,
         skip_long_prompts=skip_long_prompts,
         origin=Path(dataset).name,
     )
     examples = tokenize(rows, encoding)
+    check_folder(tokenizer, examples, output, settings, teacher)
+    say(f"Loading {teacher}")
+    model = zoo.load_model(teacher, dtype, device, trust_remote_code, **keywords)
     with _progress(len(examples)) as progress:
         run(model, tokenizer, examples, output, settings, teacher, progress)
     _answer(output, as_json)
@@ -99,6 +106,8 @@ def _keywords(text: str | None) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise ConfigurationError(f"--model-init-kwargs {text!r} is wrong: it must be a JSON object")
+    for name in found.keys() & _OWN_FLAGS.keys():
+        raise ConfigurationError(f"--model-init-kwargs has {name!r}: use {_OWN_FLAGS[name]}")
     return found
 
 

@@ -72,7 +72,9 @@ def dense_mamba_student(
                 f"{teacher.config.model_type!r}; use student_type 'dense_retnet', or leave it out"
             )
         cut = cut_layers(teacher, layers)
-        return DenseMambaForCausalLM.from_mamba(cut, **overrides).eval()
+        student = DenseMambaForCausalLM.from_mamba(cut, **overrides)
+        student.generation_config.eos_token_id = teacher.generation_config.eos_token_id
+        return student.eval()
     values = _shared_values(teacher.config.get_text_config(), layers) | overrides
     student = DenseMambaForCausalLM(DenseMambaConfig(**values))
     _finish(teacher, student, student.backbone.norm_f, NORM_SCALE)

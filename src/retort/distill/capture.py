@@ -100,6 +100,21 @@ def capture(
         return _capture(Teacher(model), rows, folder, settings, facts, progress)
 
 
+def check_folder(
+    tokenizer: Any, rows: Rows, folder: str | Path, settings: CaptureSettings, name: str = ""
+) -> None:
+    """Refuse what `capture` would refuse, as far as that is known without the teacher's weights.
+
+    Raises ConfigurationError; nothing is written.
+    """
+    folder = Path(folder)
+    before = read_manifest(folder) or _begun(folder)
+    if before is None:
+        _require_ours(folder)
+    else:
+        _require_same(folder, before, _known(tokenizer, rows, settings, name))
+
+
 def _capture(
     teacher: Teacher,
     rows: Rows,
@@ -236,16 +251,23 @@ def _facts(
 ) -> dict[str, Any]:
     """What a capture is of; equal facts give equal bits."""
     return {
-        "format": FORMAT,
-        "teacher": name,
+        **_known(tokenizer, rows, settings, name),
         "teacher_fingerprint": fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        "vocab_size": model.config.get_text_config().vocab_size,
+    }
+
+
+def _known(tokenizer: Any, rows: Rows, settings: CaptureSettings, name: str) -> dict[str, Any]:
+    """The facts that need no model."""
+    return {
+        "format": FORMAT,
+        "teacher": name,
         "tokenizer": tokenizer_hash(tokenizer),
         "data": data_hash(rows),
         "rows": len(rows),
         "tokens": sum(len(row["completion_ids"]) for row in rows),
-        "vocab_size": model.config.get_text_config().vocab_size,
         **vars(settings),
         "versions": versions(("torch", "transformers", "safetensors")),
     }
@@ -275,17 +297,24 @@ def _is_finished(folder: Path, facts: dict[str, Any]) -> bool:
 
 def _begin(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
     """Hashes of the shards that are there; claims an empty folder."""
-    path = folder / PROGRESS
-    if path.is_file():
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-            done = dict(before["shards"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigurationError(f"{path} is damaged: delete {folder}") from error
+    before = _begun(folder)
+    if before is not None:
         _require_same(folder, before, facts)
-        return done
-    write_json(path, {**facts, "shards": {}})
+        return before["shards"]
+    write_json(folder / PROGRESS, {**facts, "shards": {}})
     return {}
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """What an unfinished capture has noted, None where there is none."""
+    path = folder / PROGRESS
+    if not path.is_file():
+        return None
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+        return {**before, "shards": dict(before["shards"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(f"{path} is damaged: delete {folder}") from error
 
 
 def _require_ours(folder: Path) -> None:

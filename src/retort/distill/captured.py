@@ -47,8 +47,9 @@ class Capture:
             )
         if len(rows) == self.facts["rows"] and data_hash(rows) == self.facts["data"]:
             return
-        for number, row in enumerate(rows, start=1):
+        for place, row in enumerate(rows):
             if digest(row["prompt_ids"], row["completion_ids"]) not in self:
+                number = row.get("index", place) + 1  # rows before it may have been left out
                 raise ConfigurationError(
                     f"{self.folder} was captured for other data: row {number} of {origin} is not "
                     "in it; capture again with the same data, max_length and chat settings"
@@ -119,35 +120,51 @@ class CapturedTeacher:
             found.vocab_size,
         )
 
-    def check(self, tokenizer: Any, train: Any, evaluation: Any, origin: str | None) -> None:
-        """Refuse a capture that does not fit tokenizer or data (`Capture.check`)."""
-        self.capture.check(tokenizer, train, Path(origin or "the training data").name)
-        if self.live is None:
-            parts = evaluation if isinstance(evaluation, dict) else {"": evaluation}
-            for rows in parts.values():
-                if rows is not None:
-                    self.capture.check(tokenizer, rows, "the evaluation data (or name a teacher)")
+
+def checked_capture(
+    config: DistillConfig, tokenizer: Any, train: Any, evaluation: Any, live: bool
+) -> Capture | None:
+    """The capture that the configuration names, checked against tokenizer and rows.
+
+    Args:
+        config, tokenizer: of the run.
+        train: tokenised rows.
+        evaluation: tokenised rows, a dictionary of such, or None.
+        live: there is a teacher beside it, to answer for rows of the evaluation.
+    """
+    if config.teacher_signal is None:
+        return None
+    capture = Capture(config.teacher_signal)
+    origin = Path(config.dataset_name or "the training data").name
+    parts = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+    asked = [(train, origin)]
+    asked += [] if live else [(rows, "the evaluation data (or name a teacher)") for rows in parts]
+    for rows, name in asked:
+        if rows is not None:
+            capture.check(tokenizer, rows, name)
+    return capture
 
 
-def build_teacher(config: DistillConfig, model: Any, student: Any) -> Any:
+def build_teacher(config: DistillConfig, model: Any, student: Any, capture: Any = None) -> Any:
     """The teacher of a run: captured, live, the student's own base, or None where none is needed.
 
     ``model`` is the loaded teacher or None; ``student`` may be a PEFT model, whose base teaches
-    when nothing else does. Raises ConfigurationError where that base would have to write or
-    revise, for which it needs its own copy.
+    when nothing else does (see `require_able_base`).
     """
     live = None if model is None else Teacher(model, config.device)
-    if config.teacher_signal is not None:
-        return CapturedTeacher(Capture(config.teacher_signal), live)
+    if capture is not None:
+        return CapturedTeacher(capture, live)
+    return AdapterOffTeacher(student) if live is None and config.recipe.needs_teacher else live
+
+
+def require_able_base(config: DistillConfig) -> None:
+    """Refuse a method whose teacher writes or revises, for which a base needs its own copy."""
     recipe = config.recipe
-    if live is not None or not recipe.needs_teacher:
-        return live
     if recipe.scrg or recipe.interleave_top_k or recipe.completions == "teacher":
         raise ConfigurationError(
             f"method={config.method!r}: the student's base model cannot write or revise as well as "
             "teach: set teacher_model_name_or_path to it"
         )
-    return AdapterOffTeacher(student)
 
 
 def _names(batch: Batch, mask: Tensor) -> list[bytes]:

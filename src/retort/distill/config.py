@@ -120,22 +120,33 @@ def _number_or_adaptive(value: Any) -> Any:
         return value
 
 
-FIXED = (
-    "method",
-    "model_name_or_path",
-    "student_type",
-    "student_num_hidden_layers",
-    "student_layer_indices",
-    "use_peft",
-    "teacher_model_name_or_path",
-    "dataset_name",
-    "seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+FREE = (
+    "trust_remote_code",
+    "teacher_url",
+    "teacher_served_model_name",
+    "teacher_text_file",
+    "dataset_num_proc",
+    "predict_with_generate",
+    "report_samples",
+    "report_sample_tokens",
+    "loss_chunk_size",
+    "rollout_batch_size",
+    "rollout_drafter",
+    "rollout_draft_budget",
 )
-"""Arguments that must not change between a run and its continuation."""
+"""Options that a continuation may change: where and how fast, never what is learned."""
+
+_EVALUATED = ("dataset_test_split", "eval_dataset_name", "max_eval_rows")
+
+_SHARED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def fixed_choices(config: DistillConfig) -> dict[str, Any]:
-    """The values of `FIXED`."""
-    return {name: getattr(config, name) for name in FIXED}
+    """What a run and its continuation share: every option but `FREE`, and the resolved recipe.
+
+    Evaluations may change too, where no scheduler follows them.
+    """
+    free = FREE if config.recipe.adaptive else FREE + _EVALUATED
+    names = [name for kind in _OPTIONS for name in kind.__annotations__ if name not in free]
+    given = {name: getattr(config, name) for name in (*names, *_SHARED)}
+    return given | {key: getattr(config.recipe, key) for key in KEYS}

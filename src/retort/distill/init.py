@@ -20,13 +20,32 @@ def build_student(config: DistillConfig, teacher: Any = None) -> Any:
     cut to `student_num_hidden_layers` or `student_layer_indices` where one is given. With
     `use_peft` it gets an adapter. Raises ConfigurationError when neither is named, or both.
     """
-    if config.student_type is not None:
-        model = _built(config, teacher)
-    else:
-        model = _loaded(config)
+    _check_named(config, teacher)
+    model = _loaded(config) if config.student_type is None else _built(config, teacher)
     if config.freeze_embeddings:
         freeze_embeddings(model)
     return with_adapter(model, config) if config.use_peft else model
+
+
+def student_outline(config: DistillConfig, teacher: Any = None) -> Any:
+    """What is known of `build_student`'s student before ``teacher``, an outline too, is loaded.
+
+    One that is built ends its texts as its teacher does, and no longer sequence fits it. Raises
+    ConfigurationError as `build_student`.
+    """
+    from retort.models import zoo
+
+    _check_named(config, teacher)
+    if config.student_type is not None:
+        return teacher
+    keywords = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    name = config.model_name_or_path or ""
+    found = zoo.load_outline(name, config.trust_remote_code, **keywords)
+    if config.student_layer_indices is not None:
+        _check_kept(config.student_layer_indices, found.config)
+    elif config.student_num_hidden_layers is not None:
+        _check_count(config.student_num_hidden_layers, found.config)
+    return found
 
 
 def cut_layers(model: Any, count: int) -> Any:
@@ -34,12 +53,7 @@ def cut_layers(model: Any, count: int) -> Any:
 
     Raises ConfigurationError when it has fewer layers; see `keep_layers`.
     """
-    total = model.config.get_text_config().num_hidden_layers
-    if not 1 <= count <= total:
-        raise ConfigurationError(
-            f"student_num_hidden_layers={count}: the model has {total} layers to choose from"
-        )
-    return keep_layers(model, evenly_spaced(total, count))
+    return keep_layers(model, evenly_spaced(_check_count(count, model.config), count))
 
 
 def keep_layers(model: Any, kept: list[int]) -> Any:
@@ -49,12 +63,7 @@ def keep_layers(model: Any, kept: list[int]) -> Any:
     ConfigurationError for layers that it lacks or that are named twice or out of order, and when
     it keeps its layers in no list of that length.
     """
-    total = model.config.get_text_config().num_hidden_layers
-    if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < total:
-        raise ConfigurationError(
-            f"student_layer_indices={kept}: use rising numbers from 0 to {total - 1}"
-        )
-    prefix = _layer_list(model, total)
+    prefix = _layer_list(model, _check_kept(kept, model.config))
     student = type(model)(_shortened(model.config, kept))
     student.load_state_dict(_renumbered(model.state_dict(), prefix, kept))
     student.tie_weights()
@@ -89,20 +98,20 @@ def disable_dropout(model: nn.Module) -> None:
 def _loaded(config: DistillConfig) -> Any:
     from retort.models import zoo
 
-    if config.model_name_or_path is None:
-        raise ConfigurationError("no student: set model_name_or_path, or student_type")
     keywords = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
-    remote = config.trust_remote_code
-    model = zoo.load_model(config.model_name_or_path, trust_remote_code=remote, **keywords)
+    name, remote = config.model_name_or_path or "", config.trust_remote_code
+    model = zoo.load_model(name, trust_remote_code=remote, **keywords)
     if config.student_layer_indices is not None:
         return keep_layers(model, config.student_layer_indices)
     layers = config.student_num_hidden_layers
     return model if layers is None else cut_layers(model, layers)
 
 
-def _built(config: DistillConfig, teacher: Any) -> Any:
-    from retort.distill import builders
-
+def _check_named(config: DistillConfig, teacher: Any) -> None:
+    if config.student_type is None:
+        if config.model_name_or_path is None:
+            raise ConfigurationError("no student: set model_name_or_path, or student_type")
+        return
     if config.model_name_or_path is not None:
         raise ConfigurationError(
             f"student_type={config.student_type!r} builds a student and model_name_or_path names "
@@ -113,10 +122,35 @@ def _built(config: DistillConfig, teacher: Any) -> Any:
             f"student_type={config.student_type!r} is built around a teacher: set "
             "teacher_model_name_or_path"
         )
+
+
+def _built(config: DistillConfig, teacher: Any) -> Any:
+    from retort.distill import builders
+
     build = getattr(builders, f"{config.student_type}_student")
     overrides = dict(config.student_config or {})  # type: ignore[arg-type]
     layers = config.student_num_hidden_layers or 4
     return build(teacher, layers, warm_start=config.warm_start, **overrides)
+
+
+def _check_count(count: int, config: Any) -> int:
+    """The number of layers of a model, which must have ``count`` of them."""
+    total: int = config.get_text_config().num_hidden_layers
+    if not 1 <= count <= total:
+        raise ConfigurationError(
+            f"student_num_hidden_layers={count}: the model has {total} layers to choose from"
+        )
+    return total
+
+
+def _check_kept(kept: list[int], config: Any) -> int:
+    """The number of layers of a model, which must have those that are ``kept``."""
+    total: int = config.get_text_config().num_hidden_layers
+    if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < total:
+        raise ConfigurationError(
+            f"student_layer_indices={kept}: use rising numbers from 0 to {total - 1}"
+        )
+    return total
 
 
 def _layer_list(model: nn.Module, total: int) -> str:

@@ -19,15 +19,25 @@ API_KEY = "RETORT_TEACHER_API_KEY"
 """The environment's variable that holds the server's key, which no file of a run may hold."""
 
 
-def answered(rows: Any, config: DistillConfig, encoding: Encoding) -> Any:
-    """``rows`` (their prompts alone are read) with the completions of ``config.teacher_url``.
+Prompt = str | list[dict[str, str]]
 
-    Raises ConfigurationError for a row that cannot be learned before anything is asked, and for
-    what `write_texts` refuses; RetortError where the server does not answer.
+
+def prompts_to_ask(rows: Any, config: DistillConfig, encoding: Encoding) -> list[Prompt]:
+    """The prompts of ``rows``, whose completions are not read.
+
+    Raises ConfigurationError for a row whose answer could not be learned.
     """
     asking = replace(encoding, completion=False, whole=False, completion_only=True)
     kept = tokenize(rows, asking, config.dataset_num_proc)["index"]
-    prompts = [prompt_of(rows[index], asking) for index in kept]
+    return [prompt_of(rows[index], asking) for index in kept]
+
+
+def answered(prompts: list[Prompt], config: DistillConfig) -> Any:
+    """Rows of ``prompts`` with the completions of ``config.teacher_url``.
+
+    Raises ConfigurationError for what `write_texts` refuses; RetortError where the server does
+    not answer.
+    """
     path = Path(config.teacher_text_file or Path(str(config.output_dir)) / "teacher_text.jsonl")
     with config.main_process_first(desc="asking the teacher"):  # others find the whole file
         write_texts(remote_teacher(config), prompts, path)

@@ -13,12 +13,10 @@ from retort.decode.support import check_supported
 from retort.distill.adapters import save_merged
 from retort.distill.config import DistillConfig
 from retort.distill.data import load_rows
-from retort.distill.init import build_student
-from retort.distill.signals import check_vocabularies
 from retort.distill.spans import check_chunker
-from retort.distill.teachers import load_teacher
 from retort.distill.trainer import DistillTrainer
 from retort.errors import ConfigurationError
+from retort.train import checkpoint
 from retort.train.running import train_to_end
 
 
@@ -43,19 +41,15 @@ def run(config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
 def build_trainer(
     config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()
 ) -> DistillTrainer:
-    """Load data, tokenizer, teacher and student, and put them together."""
+    """Load data and tokenizer; the trainer loads teacher and student once both are found fit."""
     set_seed(config.seed)
     check(config)
-    train, evaluation = _train_rows(config), _eval_rows(config)
-    teacher = _teacher(config)
-    tokenizer = _tokenizer(config)
     return DistillTrainer(
-        model=build_student(config, teacher),
         args=config,
-        teacher_model=teacher,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
+        train_dataset=_train_rows(config),
+        eval_dataset=_eval_rows(config),
+        processing_class=_tokenizer(config),
+        resume_from=_start(config),
         callbacks=list(callbacks),
     )
 
@@ -100,24 +94,22 @@ def _check_decodes(name: str, trust_remote_code: bool) -> None:
         check_supported(found)
 
 
-def _teacher(config: DistillConfig) -> Any:
-    named = config.teacher_model_name_or_path is not None
-    own = config.teacher_signal is not None or (config.use_peft and not named)
-    needed = (config.recipe.needs_teacher and not own) or config.student_type is not None
-    return load_teacher(config) if needed or named else None
+def _start(config: DistillConfig) -> Path | None:
+    """Where `train_to_end` will go on, which alone hashes it in full."""
+    named = config.resume_from_checkpoint
+    if named is not None:
+        return checkpoint.require(named, full=False)
+    return checkpoint.newest(str(config.output_dir), full=False)
 
 
 def _tokenizer(config: DistillConfig) -> Any:
-    """The student's tokenizer, which must be the teacher's where both have one."""
+    """The student's tokenizer; a student that is built has its teacher's."""
     from retort.models import zoo
 
-    names = [config.model_name_or_path, config.teacher_model_name_or_path]
-    found = [zoo.load_tokenizer(n, config.trust_remote_code) for n in dict.fromkeys(names) if n]
-    if not found:
+    name = config.model_name_or_path or config.teacher_model_name_or_path
+    if name is None:
         raise ConfigurationError("no student: set model_name_or_path, or student_type")
-    if len(found) == 2 and config.recipe.needs_teacher:
-        check_vocabularies(teacher=found[1], student=found[0])
-    return found[0]
+    return zoo.load_tokenizer(name, config.trust_remote_code)
 
 
 def _train_rows(config: DistillConfig) -> Any:

@@ -27,6 +27,10 @@ from retort.errors import ConfigurationError
 FLOOR = -1e4
 """Log-probability of the impossible: exp(FLOOR) is 0 in every dtype, and FLOOR − FLOOR is 0."""
 
+TRAINING_ADVICE = (
+    "Logit distillation needs one vocabulary: use the teacher's tokenizer, or method 'sft'."
+)
+
 Head = Callable[[Tensor], Tensor]
 """Maps hidden states [n, D] to logits [n, V]; usually the model's `lm_head` module."""
 
@@ -189,22 +193,23 @@ def split(log_probs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return padded.gather(1, slots), padded.scatter(1, slots, FLOOR).logsumexp(1)
 
 
-def check_vocabularies(teacher: Any, student: Any) -> None:
+def check_vocabularies(
+    teacher: Any, student: Any, advice: str = TRAINING_ADVICE, who: str = "Teacher and student"
+) -> None:
     """Raises ConfigurationError, naming the first difference, unless two tokenizers agree.
 
     They agree when every token has the same id in both and a probe text is encoded equally;
-    how far each model pads its head, and which token means end of text, may differ.
+    how far each model pads its head, and which token means end of text, may differ. ``advice``
+    ends the message: why they must agree here and what to do; ``who`` begins it.
     """
     known = [{i: t for t, i in tokenizer.get_vocab().items()} for tokenizer in (teacher, student)]
     for index in sorted(known[0].keys() | known[1].keys()):
         left, right = known[0].get(index), known[1].get(index)
         if left != right:
             raise ConfigurationError(
-                f"Teacher and student tokenizers differ at id {index}: {left!r} against {right!r}. "
-                "Logit distillation needs one vocabulary: use the teacher's tokenizer, or "
-                "method 'sft'."
+                f"{who} tokenizers differ at id {index}: {left!r} against {right!r}. {advice}"
             )
-    _check_probe(teacher, student)
+    _check_probe(teacher, student, advice, who)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -218,11 +223,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
 _PROBE = "It's 12.5°C, naïve — don't\n\tpanic: 🙂 日本語 <tag> x_1+=2;"
 
 
-def _check_probe(teacher: Any, student: Any) -> None:
+def _check_probe(teacher: Any, student: Any, advice: str, who: str) -> None:
     left, right = (t.encode(_PROBE, add_special_tokens=False) for t in (teacher, student))
     if left != right:
         where = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), 0)
         raise ConfigurationError(
-            f"Teacher and student share a vocabulary but split text differently (piece {where} of "
-            f"{_PROBE!r}): use the teacher's tokenizer for both."
+            f"{who} tokenizers share a vocabulary and split text differently (piece {where} of "
+            f"{_PROBE!r}). {advice}"
         )

@@ -100,17 +100,33 @@ def load_teacher(config: DistillConfig) -> Any:
     """The model that the configuration names. Raises ConfigurationError when it names none."""
     from retort.models import zoo
 
+    return zoo.load_model(_name(config), **_keywords(config))
+
+
+def teacher_outline(config: DistillConfig) -> Any:
+    """What is known of that model before its weights are read; raises as `load_teacher`."""
+    from retort.models import zoo
+
+    keywords = _keywords(config)
+    keywords.pop("quantization_config", None)  # is about weights
+    return zoo.load_outline(_name(config), **keywords)
+
+
+def _name(config: DistillConfig) -> str:
     if config.teacher_model_name_or_path is None:
         raise ConfigurationError(
             f"method={config.method!r} needs a teacher: set teacher_model_name_or_path"
         )
+    return config.teacher_model_name_or_path
+
+
+def _keywords(config: DistillConfig) -> dict[str, Any]:
     keywords = dict(config.teacher_model_init_kwargs or {})  # type: ignore[arg-type]
     if config.teacher_model_revision is not None:
         keywords["revision"] = config.teacher_model_revision
     if config.teacher_quantization is not None:
         keywords |= _quantization(config.teacher_quantization)
-    name, remote = config.teacher_model_name_or_path, config.trust_remote_code
-    return zoo.load_model(name, trust_remote_code=remote, **keywords)
+    return {"trust_remote_code": config.trust_remote_code, **keywords}
 
 
 def _quantization(bits: str) -> dict[str, Any]:

@@ -22,21 +22,21 @@ from transformers.trainer_utils import EvalLoopOutput
 from retort.distill import metrics
 from retort.distill.batch import Batch, TrainingSequence, build_batch
 from retort.distill.callbacks import StepCallback
-from retort.distill.captured import CapturedTeacher, build_teacher
-from retort.distill.config import DistillConfig, fixed_choices
-from retort.distill.data import Example, collate, end_tokens
+from retort.distill.captured import build_teacher
+from retort.distill.config import DistillConfig
+from retort.distill.data import Example, collate
 from retort.distill.evaluation import HeldOut, watched
 from retort.distill.hidden import HeadlessModel
 from retort.distill.init import disable_dropout
 from retort.distill.objective import Objective
 from retort.distill.packing import require_packing
-from retort.distill.parts import longest_sequence, student_for, teacher_for, tokenized
+from retort.distill.parts import find_models
+from retort.distill.preparation import prepare
 from retort.distill.records import DistillLog
 from retort.distill.rollouts import Rollouts, Writers
 from retort.distill.samples import Samples
 from retort.errors import ConfigurationError, RetortError
 from retort.train.arguments import resolved
-from retort.train.checkpoint import check_same_run
 from retort.train.saving import WholeCheckpointTrainer
 
 
@@ -50,9 +50,11 @@ class DistillTrainer(WholeCheckpointTrainer):
         train_dataset, eval_dataset: rows as `retort.distill.data` describes (a `Dataset`, a
             list of dictionaries; for evaluation also a dictionary of either).
         processing_class: the tokenizer that both models share.
+        resume_from: the checkpoint that `train` will be told to go on from.
 
     Raises:
-        ConfigurationError: the method needs a teacher and there is none; rows that do not fit.
+        ConfigurationError: the method needs a teacher and there is none; tokenizers, rows, a
+            capture or a checkpoint that do not fit. Names are loaded after these checks.
     """
 
     def __init__(
@@ -63,25 +65,25 @@ class DistillTrainer(WholeCheckpointTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        resume_from: str | Path | None = None,
         **keywords: Any,
     ) -> None:
         args = args if args is not None else DistillConfig()
         if processing_class is None:
             raise ConfigurationError("DistillTrainer needs processing_class, the tokenizer")
-        teacher = teacher_for(args, teacher_model, model)
-        student = student_for(args, model, teacher)
+        models, data = find_models(args, model, teacher_model), (train_dataset, eval_dataset)
+        self.prepared = prepare(models, processing_class, *data, resume_from)
+        student, teacher = models.load()
         if args.disable_dropout:
             disable_dropout(student)
-        self.end_tokens = end_tokens(processing_class, student)
-        self.max_length = longest_sequence(args, student, teacher)
-        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        how = (args, processing_class, self.end_tokens, self.max_length)
+        self.prepared.ask()
         super().__init__(
             model=student,
             args=args,
             data_collator=collate,
             processing_class=processing_class,
-            **{name: tokenized(rows, name, *how) for name, rows in data.items()},
+            train_dataset=self.prepared.train,
+            eval_dataset=self.prepared.evaluation,
             **keywords,
         )
         self.loss_is_scaled_for_ga = True  # every term is divided by its count of the whole step
@@ -89,9 +91,8 @@ class DistillTrainer(WholeCheckpointTrainer):
 
     def _set_up(self, args: DistillConfig, teacher_model: Any, tokenizer: Any) -> None:
         self.config, self.recipe, self.tokens = args, args.recipe, tokenizer
-        self.teacher = build_teacher(args, teacher_model, self.model)
-        if isinstance(self.teacher, CapturedTeacher):
-            self.teacher.check(tokenizer, self.train_dataset, self.eval_dataset, args.dataset_name)
+        self.end_tokens, self.max_length = self.prepared.end_tokens, self.prepared.max_length
+        self.teacher = build_teacher(args, teacher_model, self.model, self.prepared.capture)
         self.student = HeadlessModel(self._bare_student())
         if args.packing:
             require_packing(self.student, "student")
@@ -277,13 +278,15 @@ class DistillTrainer(WholeCheckpointTrainer):
             "meter": self._summed(self.meter.state_dict()),
             **self.rollouts.state_dict(),
             "bands": None if bands is None else bands.numbers(),
-            "fixed": fixed_choices(self.config),
         }
         return state, {} if bands is None else bands.tensors()
 
-    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-        """Take back what `carried` gave; refuses to go on as another run."""
-        check_same_run(state["fixed"], fixed_choices(self.config), folder)
+    def fixed(self) -> dict[str, Any]:
+        """What a continuation must not change: the resolved recipe, models, limits and rows."""
+        return self.prepared.fixed()
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what `carried` gave."""
         self.meter.load_state_dict(state["meter"] if self.is_world_process_zero() else {})
         self.rollouts.load_state_dict(state)
         if self.objective.bands is not None:

@@ -25,6 +25,11 @@ from retort.text_scores import distinct_n, rouge_l
 
 Row = dict[str, Any]
 
+_ADVICE = (
+    "Acceptance and exposure bias compare predictions over one vocabulary: name a teacher with the "
+    "run's tokenizer, or leave the teacher out."
+)
+
 
 class Judge:
     """One run's model, loaded at its first cell and released by `close`.
@@ -64,9 +69,9 @@ class Judge:
     def _models(self) -> tuple[Any, Any, Any]:
         if self._loaded is None:
             tokenizer = zoo.load_tokenizer(self.folder)
-            teacher = None if self.guide is None else zoo.load_model(self.guide)
             if self.guide is not None:
-                check_vocabularies(teacher=zoo.load_tokenizer(self.guide), student=tokenizer)
+                check_vocabularies(zoo.load_tokenizer(self.guide), tokenizer, _ADVICE)
+            teacher = None if self.guide is None else zoo.load_model(self.guide)
             self._loaded = zoo.load_model(self.folder), teacher, tokenizer
         return self._loaded
 

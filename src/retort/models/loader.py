@@ -7,12 +7,20 @@ code; a checkpoint that lacks weights is an error rather than a model with rando
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 
 from retort.errors import ConfigurationError, RetortError
 from retort.manifest import MANIFEST, first_fault
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPES["float64"] = torch.float64
+_UNREADABLE = (OSError, ValueError, KeyError, StrictDataclassError)  # the last: a wrong type
 
 
 def load_model(
@@ -42,7 +51,7 @@ def load_model(
         **keywords: passed to ``from_pretrained``.
 
     Raises:
-        ConfigurationError: unknown ``dtype``, or no such ``device``.
+        ConfigurationError: unknown ``dtype``, no such ``device``, or a keyword that fits nothing.
         RetortError: the folder holds pickles only, links out of itself, damaged or missing
             weights, or a configuration that names code.
     """
@@ -59,8 +68,15 @@ def load_model(
         )
     except RetortError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (*_UNREADABLE, RuntimeError, SafetensorError) as error:
         raise RetortError(f"cannot load the model {where!r}: {_one_line(error)}") from error
+    except (TypeError, AttributeError) as error:
+        if not keywords:  # then nobody but us said anything that could be of a wrong type
+            raise
+        raise ConfigurationError(
+            f"cannot load the model {where!r} with the keywords {keywords}: {_one_line(error)}; "
+            "correct them, or leave them out"
+        ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise RetortError(
@@ -70,17 +86,45 @@ def load_model(
     return model.to(device).eval() if device is not None else model.eval()
 
 
-def load_config(where: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the configuration at ``where`` alone, to refuse a model before its weights are read.
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model before its weights are read; the names are those of a model."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+
+def load_outline(where: str, trust_remote_code: bool = False, **keywords: Any) -> Outline:
+    """Load what `load_model` with the same ``keywords`` would, but for the weights.
 
     Raises:
         RetortError: as `load_model`.
     """
+    config = load_config(where, trust_remote_code, **keywords)
+    revision = {k: v for k, v in keywords.items() if k == "revision"}
     try:
-        return AutoConfig.from_pretrained(checked(where), trust_remote_code=trust_remote_code)
+        return Outline(config, GenerationConfig.from_pretrained(where, **revision))
+    except OSError:  # as transformers does where there is no such file
+        return Outline(config, GenerationConfig.from_model_config(config))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = _one_line(error)
+        raise RetortError(f"cannot load the generation config of {where!r}: {reason}") from error
+
+
+def load_config(where: str, trust_remote_code: bool = False, **keywords: Any) -> PreTrainedConfig:
+    """Load the configuration at ``where`` alone, to refuse a model before its weights are read.
+
+    Values of the configuration among ``keywords`` win over those of its file.
+
+    Raises:
+        RetortError: as `load_model`.
+    """
+    found, remote = checked(where), trust_remote_code
+    try:
+        return AutoConfig.from_pretrained(found, trust_remote_code=remote, **keywords)
     except RetortError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*_UNREADABLE, TypeError) as error:
         raise RetortError(f"cannot load the config of {where!r}: {_one_line(error)}") from error
 
 
@@ -104,7 +148,7 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    name = dtype.removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")  # a keyword from JSON may be anything
     if name not in _DTYPES:
         raise ConfigurationError(f"unknown dtype {dtype!r}; one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from retort.models.loader import Outline
+
 Say = Callable[[str], None]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -124,6 +126,13 @@ def locate(name_or_path: str | os.PathLike[str], say: Say | None = None) -> str:
     return _require_hub_id(name)
 
 
+def is_at_hand(name: str) -> bool:
+    """Whether ``name`` is a model that is on this machine, so that nothing would be fetched."""
+    if name in ENTRIES:
+        return is_cached(ENTRIES[name])
+    return bool(name) and (_local_folder(name) is not None or _in_hub_cache(name) is not None)
+
+
 def fingerprint(name_or_path: str | os.PathLike[str]) -> str:
     """A model's name and a hash of the files that decide its texts.
 
@@ -158,6 +167,15 @@ def load_config(
     from retort.models import loader
 
     return loader.load_config(locate(name_or_path), trust_remote_code)
+
+
+def load_outline(
+    name_or_path: str | os.PathLike[str], trust_remote_code: bool = False, **keywords: Any
+) -> Outline:
+    """Load what is known of a model before its weights; see `retort.models.loader.load_outline`."""
+    from retort.models import loader
+
+    return loader.load_outline(locate(name_or_path), trust_remote_code, **keywords)
 
 
 def load_tokenizer(

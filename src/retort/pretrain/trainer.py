@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from retort.pretrain.config import FIXED, PretrainConfig
 from retort.pretrain.corpus import IGNORED, collate
 from retort.pretrain.numbers import Throughput, perplexities
 from retort.train.arguments import resolved
-from retort.train.checkpoint import check_same_run
 from retort.train.records import RunLog
 from retort.train.saving import WholeCheckpointTrainer
 
@@ -119,15 +117,15 @@ class PretrainTrainer(WholeCheckpointTrainer):
         self.clock.begin(self.state.global_step)
 
     def carried(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What must be equal in a continuation, and the seconds trained so far."""
-        return {"fixed": self._fixed(), "seconds": self.clock.seconds}, {}
+        """The seconds trained so far."""
+        return {"seconds": self.clock.seconds}, {}
 
-    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-        """Refuse to go on as another run."""
-        check_same_run(state["fixed"], self._fixed(), folder)
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on counting."""
         self.clock.seconds = state["seconds"]
 
-    def _fixed(self) -> dict[str, Any]:
+    def fixed(self) -> dict[str, Any]:
+        """What a continuation must not change: arguments, and the texts."""
         fixed = {name: getattr(self.config, name) for name in FIXED}
         return {**fixed, "data": getattr(self.train_dataset, "digest", None)}
 

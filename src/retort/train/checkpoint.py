@@ -34,22 +34,26 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial"
 
 
-def newest(folder: str | Path) -> Path | None:
+def newest(folder: str | Path, full: bool = True) -> Path | None:
     """The newest complete checkpoint in ``folder``; broken ones are passed over with a warning.
 
-    Raises ConfigurationError for one that brings what is not ours.
+    Without ``full`` files that look as they did when they were hashed are not hashed again. Raises
+    ConfigurationError for one that brings what is not ours.
     """
     for path in sorted(_all(Path(folder)), key=step_of, reverse=True):
-        fault = _fault(path)
+        fault = _fault(path, full)
         if fault is None:
             return path
         logger.warning("%s is not complete (%s); an older one is looked for", path, fault)
     return None
 
 
-def require(path: str | Path) -> Path:
-    """``path`` if it is a complete checkpoint. Raises ConfigurationError naming the fault."""
-    fault = _fault(Path(path))
+def require(path: str | Path, full: bool = True) -> Path:
+    """``path`` if it is a complete checkpoint (see `newest`).
+
+    Raises ConfigurationError naming the fault.
+    """
+    fault = _fault(Path(path), full)
     if fault is not None:
         raise ConfigurationError(f"cannot resume from {path}: {fault}")
     return Path(path)
@@ -138,14 +142,24 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads((folder / STATE).read_text(encoding="utf-8")), tensors
 
 
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Raises ConfigurationError, naming the argument, when a run would go on as another one."""
-    for name, value in now.items():
-        if before.get(name) != value:
+def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
+    """Refuse to go on from ``folder`` as another run than the one whose choices it holds.
+
+    Raises ConfigurationError naming the first choice that differs, its old and its new value. A
+    choice that was not kept yet when the checkpoint was written is not compared.
+    """
+    before = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))["fixed"]
+    for name, value in plain(now).items():
+        if name in before and before[name] != value:
             raise ConfigurationError(
-                f"{folder} was made with {name}={before.get(name)!r}, this run has {value!r}: "
+                f"{folder} was made with {name}={before[name]!r}, this run has {value!r}: "
                 "choose another output_dir, or the same arguments"
             )
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` as JSON gives them back; what it does not know (a dtype) by its name."""
+    return dict(json.loads(json.dumps(dict(values), default=str)))
 
 
 def replace_files(source: Path, target: Path) -> None:
@@ -157,10 +171,10 @@ def replace_files(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def _fault(path: Path) -> str | None:
+def _fault(path: Path, full: bool) -> str | None:
     """`first_fault` of a checkpoint that holds nothing foreign."""
     refuse_strange(path)
-    fault = first_fault(path, full=True)
+    fault = first_fault(path, full=full)
     if fault is None:
         refuse_unreadable(path)
     return fault

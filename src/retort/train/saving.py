@@ -28,8 +28,12 @@ class WholeCheckpointTrainer(Trainer):
         """The subclass's state: JSON values and tensors; called on every process."""
 
     @abstractmethod
-    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-        """Take back what `carried` gave; it was found in ``folder``."""
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what `carried` gave."""
+
+    @abstractmethod
+    def fixed(self) -> dict[str, Any]:
+        """Choices that a run and its continuation share, by name; kept in every checkpoint."""
 
     def train(
         self,
@@ -39,8 +43,9 @@ class WholeCheckpointTrainer(Trainer):
     ) -> TrainOutput:
         """transformers' `train`; ``True`` takes the newest *complete* checkpoint.
 
-        Raises ConfigurationError when the one that is named is damaged or there is none, and when
-        another process trains in the same folder.
+        Raises ConfigurationError, before its weights are read, when the one that is named is
+        damaged, there is none, or it is another run's, and when another process trains in the
+        same folder.
         """
         with checkpoint.alone(self._folder) if self.args.should_save else nullcontext():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -59,6 +64,8 @@ class WholeCheckpointTrainer(Trainer):
             start = str(newest)
         elif resume_from_checkpoint:
             start = str(checkpoint.require(resume_from_checkpoint))
+        if start is not None:
+            checkpoint.check_same_run(start, self.fixed())
         if start is not None and 0 < self.args.max_steps <= checkpoint.step_of(start):
             return self._take_finished(start)
         return super().train(start, trial, ignore_keys_for_eval)
@@ -110,7 +117,8 @@ class WholeCheckpointTrainer(Trainer):
         state, tensors = self.carried()
         if self.args.should_save:
             self._name_best(filled, final.parent)
-            checkpoint.save_state(filled, state, tensors)
+            fixed = checkpoint.plain(self.fixed())
+            checkpoint.save_state(filled, {**state, "fixed": fixed}, tensors)
             checkpoint.publish(filled, final)
             filled.parent.rmdir()
         self.accelerator.wait_for_everyone()
@@ -142,4 +150,4 @@ class WholeCheckpointTrainer(Trainer):
             self._restore_from(Path(checkpoint))
 
     def _restore_from(self, folder: Path) -> None:
-        self.restore(*checkpoint.load_state(folder), folder)
+        self.restore(*checkpoint.load_state(folder))

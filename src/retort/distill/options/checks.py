@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_utils import IntervalStrategy
 
 from retort.distill.losses import DIVERGENCES, SPAN_DISTANCES
+from retort.distill.options.uses import unread
 from retort.distill.presets import ADAPTIVE, PRESETS, contradiction
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def value_fault(config: DistillConfig) -> str | None:
 
 def method_fault(config: DistillConfig) -> str | None:
     """The first flag that contradicts the method."""
-    checks = (_compared, _written, _whole_rows, _predicted, _packed, _mixed, _captured)
+    checks = (_compared, _written, _whole_rows, _predicted, _packed, _mixed, _captured, unread)
     return next(filter(None, (check(config) for check in checks)), None)
 
 
@@ -61,6 +62,9 @@ def _rules(config: DistillConfig) -> Iterator[tuple[str, bool, str]]:
     yield "student_layer_indices", alone, f"{rival} says otherwise: leave one of them out"
     built = not config.warm_start or config.student_type is not None
     yield "warm_start", built, "it is for a student that is built: set student_type"
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        own = "trust_remote_code" not in (given(name) or {})
+        yield name, own, "trust_remote_code is an argument of its own: give it there"
 
 
 def _choices(config: DistillConfig) -> Iterator[tuple[str, bool, str]]:

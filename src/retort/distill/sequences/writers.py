@@ -169,13 +169,18 @@ def load_drafter(name: str | None, student: Any) -> Any:
     from retort.models import zoo
 
     model = zoo.load_model(name, dtype=student.dtype)
-    sizes = [m.config.get_text_config().vocab_size for m in (model, student)]
+    check_drafter(name, model, student)
+    return model.to(student.device).eval().requires_grad_(False)
+
+
+def check_drafter(name: str | None, drafter: Any, student: Any) -> None:
+    """Refuse a drafter of another vocabulary; models, or outlines of them."""
+    sizes = [m.config.get_text_config().vocab_size for m in (drafter, student)]
     if sizes[0] != sizes[1]:
         raise ConfigurationError(
             f"rollout_drafter {name} has a vocabulary of {sizes[0]} tokens and the student one of "
             f"{sizes[1]}: choose 'prompt-lookup' or an earlier checkpoint of the student"
         )
-    return model.to(student.device).eval().requires_grad_(False)
 
 
 def _beyond(student: Any, teacher: Any) -> dict[int, float] | None:
