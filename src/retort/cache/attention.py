@@ -1,8 +1,13 @@
 """Attention key/value storage in which every row has a buffer of its own, and a rewind is a number.
 
 Storage follows Σ(length + draft): a row's buffer grows geometrically with that row alone and never
-with the longest one. Layer buffers are ``[2, kv_heads, capacity, head_dim]`` (keys, then values),
-made when a layer first appends, since only then its shape is known.
+with the longest one; it is at most twice what its tokens need. While a prompt is read in slices,
+the tokens that count are those of the whole prompt: its room is taken at the first slice. Growing
+with the slices would hold less for that time, but copy the row at 1.5, 2.25 ... times its length
+(in all about twice its bytes), in passes for which the other rows wait; and on a CPU memory that
+no token was written to is not the process's yet. Layer buffers are
+``[2, kv_heads, capacity, head_dim]`` (keys, then values), made when a layer first appends, since
+only then its shape is known.
 """
 
 from __future__ import annotations
@@ -42,19 +47,25 @@ class AttentionRowCache(RowCache):
         self._buffers: dict[int, dict[int, Tensor]] = {}
         self._capacity: dict[int, int] = {}
         self._expected: dict[int, int] = {}
+        self._given: tuple[Tensor, Tensor] | None = None
 
     # What transformers' decoders call
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple:
         """Append packed keys and values, each ``[1, kv_heads, total, head_dim]``, to their rows."""
-        layout = self._active()
-        pair = torch.cat((keys, values))
-        for row, start, lo, hi in spans(layout):
-            self._buffer(row, layer_idx, pair)[:, :, start : start + hi - lo] = pair[:, :, lo:hi]
+        self._given = keys, values
+        self._append(keys, values, layer_idx)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Always 0: rows have lengths of their own, and positions are given explicitly."""
         return 0
+
+    def newest(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether `update` was given these very tensors last, so that `attend` reads them.
+
+        What a model makes of them later, e.g. copies for more heads, is nowhere in the cache.
+        """
+        return self._given is not None and self._given[0] is keys and self._given[1] is values
 
     def keys_values(self, row: int, layer_idx: int, length: int) -> tuple[Tensor, Tensor]:
         """Views ``[kv_heads, length, head_dim]`` of the first ``length`` keys and values."""
@@ -140,6 +151,11 @@ class AttentionRowCache(RowCache):
             if sizes - {self._capacity.get(row)}:
                 faults.append(f"row {row} has buffers of {sorted(sizes)} tokens")
         return faults
+
+    def _append(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
+        pair = torch.cat((keys, values))
+        for row, start, lo, hi in spans(self._active()):
+            self._buffer(row, layer_idx, pair)[:, :, start : start + hi - lo] = pair[:, :, lo:hi]
 
     def _grow(self, row: int, used: int, capacity: int) -> None:
         self._capacity[row] = capacity

@@ -26,12 +26,6 @@ class NativeAttentionRowCache(AttentionRowCache):
         self._single: dict[int, dict[int, RowBuffers]] = {}  # of each row and layer
         self._generation = 0
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple:
-        """Remember the new keys and values; `attend` stores them where it reads them."""
-        self._new = keys, values
-        self._open_layer(layer_idx, keys)
-        return keys, values
-
     def places(self, layer_idx: int, kv_heads: int, width: int) -> tuple[RaggedLayout, RowBuffers]:
         """The pass and the buffers of a layer that appends and attends by itself."""
         assert self._ragged is not None
@@ -85,6 +79,11 @@ class NativeAttentionRowCache(AttentionRowCache):
         self._generation += 1
         self._single.pop(row, None)
         super()._copy_in(row, state)
+
+    def _append(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
+        """Remember the new keys and values; `attend` stores them where it reads them."""
+        self._new = keys, values
+        self._open_layer(layer_idx, keys)
 
     def _open_layer(self, layer_idx: int, like: Tensor) -> None:
         """Give rows that are new to a layer a buffer in it."""

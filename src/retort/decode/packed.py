@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retort.cache.attention import AttentionRowCache
 from retort.cache.native import NativeAttentionRowCache
 from retort.cache.rows import RowCache
 from retort.decode.backend import Backend
 from retort.decode.head import GreedyHead
+from retort.decode.interface import attending
 from retort.decode.support import check_supported
 from retort.errors import ConfigurationError
 
-ATTENTION = "retort_rows"
 TAPES = ("draft", "completion")
 MAX_PASS_TOKENS = 512  # up to here the packed linear is measured against PyTorch's
-
-# The attention function gets its cache from here: some models drop keywords that they do not know.
-_active_cache: ContextVar[AttentionRowCache | None] = ContextVar("row cache", default=None)
 
 Feed = tuple[int, Sequence[int]]
 
@@ -78,7 +73,7 @@ class PackedModel:
         self.backend = Backend(model, cpu_backend, release_weights, weight_storage, prepack)
         self.cache = self._new_cache(tape, max_draft)
         if fuse_layers and isinstance(self.cache, NativeAttentionRowCache):
-            self.backend.fuse(model, _inference)
+            self.backend.fuse(model, attending)
         self.forward_passes = self.forward_tokens = 0
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._greedy_head = self._find_greedy_head()
@@ -198,7 +193,7 @@ class PackedModel:
     @torch.no_grad()
     def _logits(self, ids: Tensor, position_ids: Tensor, index: Tensor) -> Tensor:
         extra = {"logits_to_keep": index} if self._takes_logits_to_keep else {}
-        with _inference(self.model, self.cache), self._arithmetic():
+        with attending(self.model, self.cache), self._arithmetic():
             return self.model(
                 input_ids=ids,
                 position_ids=position_ids,
@@ -227,61 +222,3 @@ def _parts(
                 part, kept, room = [], [], limit
     if part:
         yield part, kept
-
-
-def packed_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """transformers' attention function for a packed pass: each row attends to its own keys.
-
-    ``query`` is ``[1, heads, total, head_dim]``; returns ``[1, total, heads, value_dim]``.
-    """
-    cache = _active_cache.get()
-    if cache is None or cache.layout is None:
-        raise RuntimeError(f"attention {ATTENTION!r} runs inside PackedModel.forward only")
-    out = cache.attend(
-        module.layer_idx,
-        query,
-        value.shape[-1],
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return out[None], None
-
-
-@contextmanager
-def _inference(model: Any, cache: RowCache) -> Iterator[None]:
-    """Evaluation mode and the packed attention function, for one pass; then all as before."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    modes = [(m, m.training) for m in model.modules()] if model.training else []
-    _register()
-    config._attn_implementation = ATTENTION
-    token = _active_cache.set(cache if isinstance(cache, AttentionRowCache) else None)
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        _active_cache.reset(token)
-        config._attn_implementation = before
-        for module, training in modes:
-            module.training = training
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    if ATTENTION not in AttentionInterface._global_mapping:
-        AttentionInterface.register(ATTENTION, packed_attention)

@@ -82,10 +82,9 @@ class UnpaddingCache(AttentionRowCache):
         """Real tokens of left-padded ``[1, heads, rows · width, dim]``."""
         return states[:, :, self._real(states)]
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple:
-        """Append the real tokens' keys and values."""
-        super().update(self.split(keys), self.split(values), layer_idx)
-        return keys, values
+    def _append(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
+        """The real tokens' keys and values."""
+        super()._append(self.split(keys), self.split(values), layer_idx)
 
     def attend(self, layer_idx: int, query: Tensor, value_dim: int, **options: Any) -> Tensor:
         """Attention of the real queries; padding gets zeros."""
@@ -118,13 +117,12 @@ class RectangularCache(AttentionRowCache):
         self._end = self._width = 0
         self._mask: Tensor | None = None
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple:
-        """Write every row's new columns, padding included."""
+    def _append(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
+        """Every row's new columns, padding included."""
         pair = torch.stack([self._fold(keys), self._fold(values)])
         store = self._store(layer_idx, pair)
         rows = torch.tensor(self._active().rows)
         store[:, rows, :, self._end : self._end + self._width] = pair
-        return keys, values
 
     def attend(self, layer_idx: int, query: Tensor, value_dim: int, **options: Any) -> Tensor:
         """Attention over the whole rectangle, holes masked."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from retort.decode.probe import objection
 from retort.errors import UnsupportedModelError
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -24,7 +25,9 @@ def check_supported(config: Any, model_class: type | None = None) -> None:
     model_class = model_class or _causal_class(config)
     if hasattr(model_class, "new_row_cache"):
         return
-    for reason in _objections(config, model_class):
+    found = _objections(config, model_class)
+    reason = found[0] if found else objection(config, model_class)
+    if reason is not None:
         raise UnsupportedModelError(
             f"{config.model_type}: {reason}; use transformers' own generate for this model"
         )
@@ -48,10 +51,11 @@ def max_length(config: Any) -> int | None:
 
 
 def _objections(config: Any, model_class: type) -> list[str]:
+    if config.is_encoder_decoder:  # which may have several texts
+        return ["encoder-decoder models are not handled"]
     text = config.get_text_config()
     layers = set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS
     checks = {
-        "encoder-decoder models are not handled": config.is_encoder_decoder,
         "its recurrent state cannot be rewound by row": getattr(model_class, "_is_stateful", False),
         "its attention does not go through transformers' attention interface": not hasattr(
             sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS"
