@@ -4,13 +4,14 @@ import json
 import os
 
 import pytest
+import torch
 
 from retort.decode import profile
 from retort.decode.budget import AutoBudget, Candidate, CountBudget, build_budget
 from retort.decode.cost import PassCost, StepCost
 from retort.decode.engine import Engine
 from retort.decode.packed import PackedModel
-from tests.decode.toys import prompts, toy
+from tests.decode.toys import prompts, reference, toy
 
 GOOD = {n: 0.01 * n for n in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64)}
 
@@ -60,6 +61,60 @@ def test_measuring_counts_no_pass_and_leaves_no_row(target):
     measured = profile.best(profile.measure(target, repeats=1))
     assert set(measured) == set(GOOD) and min(measured.values()) > 0
     assert target.forward_passes == target.forward_tokens == 0 and target.cache.rows == ()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_a_profile_ends_with_the_context(name, tmp_path, monkeypatch):
+    """Learned positions end at 32; the automatic budget drafts as a fixed one does."""
+    monkeypatch.setenv("RETORT_CACHE", str(tmp_path))
+    monkeypatch.setattr(profile, "_WORTH_KEEPING", -1.0)
+    monkeypatch.setattr(profile, "steady", lambda times: True)
+    context = {"max_position_embeddings": 32}
+    if name == "gpt2":
+        context = {"n_positions": 32, "max_position_embeddings": None}
+    model, prompt = toy(name, **context), [5, 6, 7, 8] * 3
+    model.generation_config.eos_token_id = None
+    expected = reference(model, prompt, max_new_tokens=12)
+    for _ in range(2):  # measured, then read
+        with Engine(model, drafter="prompt-lookup") as engine:
+            (output,) = engine.generate([prompt], max_new_tokens=12, ignore_eos=True)
+            assert list(engine.budget.cost.profile.seconds_at) == [n for n in GOOD if n <= 32]
+        assert output.token_ids == expected
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def _fails_above(model, monkeypatch, most, error):
+    forward = type(model).forward
+
+    def limited(self, input_ids=None, **more):
+        if input_ids.shape[1] > most:
+            raise error
+        return forward(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(type(model), "forward", limited)
+
+
+def test_a_profile_ends_where_memory_does_and_is_not_kept(target, monkeypatch):
+    monkeypatch.setattr(profile, "_WORTH_KEEPING", -1.0)
+    monkeypatch.setattr(profile, "steady", lambda times: True)
+    _fails_above(target.model, monkeypatch, 30, torch.OutOfMemoryError("no memory"))
+    assert list(profile.pass_profile(target)) == [n for n in GOOD if n <= 24]
+    assert not profile.profile_path(target).exists()
+    assert target.forward_passes == 0 and target.cache.rows == ()
+    _fails_above(target.model, monkeypatch, 0, torch.OutOfMemoryError("no memory"))
+    assert profile.pass_profile(target) == {}
+
+
+def test_where_measuring_fails_decoding_goes_on_and_live_times_teach(monkeypatch):
+    tried = []
+    monkeypatch.setattr(profile, "measure", lambda t: tried.append(t) or 1 / 0)
+    monkeypatch.setattr(profile, "load", lambda *_: None)
+    model, texts = toy(eos_token_id=None), prompts((5, 9))
+    with Engine(model, drafter="prompt-lookup") as engine:
+        outputs = engine.generate(texts, max_new_tokens=20)
+        assert engine.budget.cost.plain and not engine.budget.cost.profile.seconds_at
+    assert [o.token_ids for o in outputs] == [reference(model, p, max_new_tokens=20) for p in texts]
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(

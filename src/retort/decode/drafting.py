@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from retort.decode.budget import Candidate, DraftBudget
@@ -41,6 +42,7 @@ class Drafting:
         self._vocab = target.model.config.get_text_config().vocab_size
         self._drafters = self._build(drafter)
         self._refused = 0
+        self._profiled = False
 
     @property
     def default(self) -> Drafter | None:
@@ -194,6 +196,11 @@ class Drafting:
         return fit.cut(next(bad, len(fit)))
 
     def _profile_once(self) -> None:
+        """Tell the budget what passes cost; where measuring fails, live times have to teach it."""
+        if self._profiled:
+            return
+        self._profiled = True
         cost = getattr(getattr(self.budget, "cost", None), "profile", None)
         if cost is not None and not cost.seconds_at:
-            cost.learn(pass_profile(self._target))
+            with suppress(Exception):
+                cost.learn(pass_profile(self._target))

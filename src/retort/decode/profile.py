@@ -13,12 +13,14 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from retort.decode.packed import PackedModel
+from retort.decode.support import max_length
 from retort.models.zoo import cache_root
 from retort.provenance import versions, write_json
 
@@ -34,24 +36,37 @@ Times = dict[int, list[float]]
 
 def pass_profile(target: PackedModel) -> Profile:
     """Seconds of a pass by its number of tokens, from disk where they are known."""
-    path = profile_path(target)
-    if (known := load(path)) is not None:
+    path, whole = profile_path(target), sizes(target)
+    if (known := load(path, whole)) is not None:
         return known
     started = time.perf_counter()
     times = measure(target)
     profile = best(times)
-    if time.perf_counter() - started > _WORTH_KEEPING and steady(times):
+    slow = time.perf_counter() - started > _WORTH_KEEPING
+    if slow and len(times) == len(whole) and steady(times):
         save(path, profile)
     return profile
 
 
+def sizes(target: PackedModel) -> tuple[int, ...]:
+    """The numbers of tokens to measure: what a row of the target can hold."""
+    limit = max_length(target.model.config)
+    return tuple(n for n in _SIZES if limit is None or n <= limit)
+
+
 def measure(target: PackedModel, repeats: int = 4) -> Times:
-    """Seconds of ``repeats`` passes over a scratch row, by number of tokens; sizes take turns."""
+    """Seconds of ``repeats`` passes over a scratch row, by number of tokens; sizes take turns.
+
+    Passes too long for the memory that is left are not measured.
+    """
     passes, tokens = target.forward_passes, target.forward_tokens
-    _seconds(target, max(_SIZES))
-    rounds = [{n: _seconds(target, n) for n in _SIZES} for _ in range(repeats)]
-    target.forward_passes, target.forward_tokens = passes, tokens
-    return {n: [r[n] for r in rounds] for n in _SIZES}
+    try:
+        largest = next((n for n in reversed(sizes(target)) if _works(target, n)), 0)
+        measured = [n for n in sizes(target) if n <= largest]
+        rounds = [{n: _seconds(target, n) for n in measured} for _ in range(repeats)]
+    finally:
+        target.forward_passes, target.forward_tokens = passes, tokens
+    return {n: [r[n] for r in rounds] for n in measured}
 
 
 def best(times: Times) -> Profile:
@@ -80,17 +95,15 @@ def profile_path(target: PackedModel) -> Path:
     return cache_root() / "profiles" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
-def load(path: Path) -> Profile | None:
-    """A kept profile, or None where there is none, it is old, or it is not what `save` writes."""
+def load(path: Path, whole: Sequence[int] = _SIZES) -> Profile | None:
+    """A kept profile of ``whole``; None where there is none, it is old, or no work of `save`."""
     try:
         if time.time() - path.stat().st_mtime > _DAYS * 86400:
             return None
         profile = {int(n): float(s) for n, s in json.loads(path.read_text("utf-8")).items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return None
-    sound = set(profile) == set(_SIZES) and all(
-        math.isfinite(s) and s > 0 for s in profile.values()
-    )
+    sound = set(profile) == set(whole) and all(math.isfinite(s) and s > 0 for s in profile.values())
     return profile if sound else None
 
 
@@ -100,6 +113,14 @@ def save(path: Path, profile: Profile) -> None:
         write_json(path, {str(n): seconds for n, seconds in profile.items()})
     except OSError:
         return
+
+
+def _works(target: PackedModel, size: int) -> bool:
+    """Whether a pass of so many tokens goes through; it warms up as well."""
+    try:
+        return _seconds(target, size) >= 0
+    except Exception:  # whatever a device raises where memory runs out
+        return False
 
 
 def _seconds(target: PackedModel, size: int) -> float:
