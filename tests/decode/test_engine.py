@@ -7,18 +7,26 @@ import retort.decode.engine as engine_module
 from retort.decode.engine import Engine
 from retort.decode.request import SamplingParams
 from retort.errors import ConfigurationError, UnsupportedModelError
-from tests.decode.toys import ARCHITECTURES, prompts, reference, toy
+from retort.ops import native
+from tests.decode.toys import ARCHITECTURES, FLOAT32_ONLY, prompts, reference, toy
 from tests.models import mambas, retnets
 
 NEW = 24
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_equals_generate_on_ragged_batches(name):
-    model, texts = toy(name), prompts()
+def test_every_architecture_equals_generate_on_ragged_batches(name, backend):
+    """In float64 on PyTorch's arithmetic, and in float32 on the core."""
+    if backend == "native" and not native.available():
+        pytest.skip("no native core")
+    core = backend == "native" or name in FLOAT32_ONLY
+    model, texts = toy(name, dtype=torch.float32 if core else torch.float64), prompts()
     expected = [reference(model, p, max_new_tokens=NEW) for p in texts]
+    options = {"max_batch_size": 3, "cpu_backend": backend}
     for drafter, budget in ((None, 0), ("prompt-lookup", 5), (model, 3)):
-        with Engine(model, drafter=drafter, draft_budget=budget, max_batch_size=3) as engine:
+        with Engine(model, drafter=drafter, draft_budget=budget, **options) as engine:
+            assert engine.target.backend.name == backend
             outputs = engine.generate(texts, max_new_tokens=NEW)
         assert [o.token_ids for o in outputs] == expected
         assert (engine.stats.accepted_tokens > 0) == (drafter is not None)

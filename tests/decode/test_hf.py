@@ -1,5 +1,7 @@
 """`custom_generate=retort.speculative(...)` equals plain generate, row by row."""
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
@@ -89,22 +91,35 @@ class Sum(StoppingCriteria):
         return input_ids.sum(-1) % 7 == 0
 
 
-def test_own_processors_and_criteria_see_each_row_unpadded_and_every_token_once(model):
+def _shown(model, extra):
+    """Text lengths that a processor is shown, row by row in transformers and by us at once."""
+    texts, seen = prompts(), extra["logits_processor"][0].lengths
+    seen.clear()
+    for text in texts:
+        reference(model, text, max_new_tokens=NEW, **extra)
+    alone, ours = Counter(seen), speculative("prompt-lookup", draft_budget=4)
+    seen.clear()
+    model.generate(**_padded(texts), max_new_tokens=NEW, custom_generate=ours, **extra)
+    assert ours.stats.accepted_tokens > 0
+    return alone, Counter(seen)
+
+
+def test_own_processors_see_each_row_unpadded_and_every_token_once(model):
+    extra = {"logits_processor": LogitsProcessorList([Parity()]), "eos_token_id": None}
+    _equal_rows(model, **extra)
+    alone, ours = _shown(model, extra)
+    assert ours == alone and alone.total() == NEW * len(prompts())
+
+
+def test_own_criteria_end_a_row_and_its_processors_have_seen_all_of_it(model):
     extra = {
         "logits_processor": LogitsProcessorList([Parity()]),
         "stopping_criteria": StoppingCriteriaList([Sum()]),
         "eos_token_id": None,
     }
-    texts, seen = prompts(), extra["logits_processor"][0]
     _equal_rows(model, **extra)
-    seen.lengths.clear()
-    run = speculative("prompt-lookup", draft_budget=4)
-    ids = model.generate(**_padded(texts), max_new_tokens=NEW, custom_generate=run, **extra)
-    for text in texts:
-        after = [n for n in seen.lengths if n >= len(text)]
-        assert len(text) in after
-    assert len(seen.lengths) >= int((ids[:, max(map(len, texts)) :] != 0).sum())
-    assert run.stats.accepted_tokens > 0
+    alone, ours = _shown(model, extra)
+    assert not alone - ours and alone.total() < NEW * len(prompts())
 
 
 def test_allowed_tokens_by_row(model):
@@ -136,7 +151,9 @@ def test_the_outputs_object_with_scores_and_logits(model):
     assert len(got.scores) == len(got.logits) == steps
     for i, text in enumerate(texts):
         alone = model.generate(torch.tensor([text]), do_sample=False, **options)
-        assert got.sequences[i].tolist()[len(texts[0]) - len(text) :][: len(alone.sequences[0])]
+        ours, theirs = got.sequences[i, len(texts[0]) - len(text) :], alone.sequences[0]
+        assert ours[: len(theirs)].tolist() == theirs.tolist()
+        assert not ours[len(theirs) :].any()  # padding
         for name in ("scores", "logits"):
             for ours, theirs in zip(getattr(got, name), getattr(alone, name), strict=False):
                 torch.testing.assert_close(ours[i], theirs[0], atol=1e-4, rtol=1e-4)
