@@ -29,7 +29,7 @@ from tests.models import mambas, retnets
 
 RESULT = Path(__file__).resolve().parents[2] / "docs" / "results" / "d19.json"
 
-MODELS = ("llama", "dense_retnet", "dense_mamba")
+MODELS = ("llama", "retnet", "dense_retnet", "dense_mamba")  # retnet: dense connections off
 DTYPES = ("float32", "float64")
 BATCHES = (1, 3, 8)
 LENGTHS = (0, 1, 4, 8, "random")
@@ -101,6 +101,8 @@ def model(name: str, dtype: str):
     if name == "llama":
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
         return toy(dtype=kind, vocab_size=VOCAB, eos_token_id=None, head_dim=16, **sizes)
+    if name == "retnet":
+        return retnets.tiny(dtype=kind, dense_block_layers=0)
     return {"dense_retnet": retnets, "dense_mamba": mambas}[name].tiny(dtype=kind)
 
 
@@ -156,7 +158,7 @@ class Script:
         return self.dice.randint(0, limit) if self.cell.k == "random" else limit
 
 
-def run(cell: Cell) -> dict:
+def run(cell: Cell, cpu_backend: str = "auto") -> dict:
     """Decode one cell and compare; the record says what was drafted and accepted."""
     pairs = texts(cell.model, cell.dtype)[: ROWS[cell.batch]]
     requests = [_request(cell, i, prompt, answer) for i, (prompt, answer) in enumerate(pairs)]
@@ -167,6 +169,7 @@ def run(cell: Cell) -> dict:
         drafter=Script(cell),
         draft_budget=k,
         max_batch_size=slots,
+        cpu_backend=cpu_backend,
         debug=True,
     ) as engine:
         got = _decode(engine, cell, requests)

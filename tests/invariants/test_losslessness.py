@@ -2,7 +2,15 @@
 
 import pytest
 
-from tests.invariants.losslessness import AXES, Cell, _pairs, every_cell, pairwise, run
+from tests.invariants.losslessness import (
+    AXES,
+    MODELS,
+    Cell,
+    _pairs,
+    every_cell,
+    pairwise,
+    run,
+)
 
 CELLS = pairwise()
 
@@ -12,6 +20,15 @@ def test_a_cell_equals_the_reference(cell):
     record = run(cell)
     assert record["equal"], record
     assert record["sound"], record
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_single_precision_on_pytorchs_arithmetic(name):
+    """In the table above float32 runs on the native core wherever that is built."""
+    cell = Cell(name, "float32", 3, 4, "random")
+    record = run(cell, cpu_backend="torch")
+    assert record["backend"] == "torch"
+    assert record["equal"] and record["sound"], record
 
 
 @pytest.mark.slow
