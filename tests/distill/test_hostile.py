@@ -205,7 +205,7 @@ def truncated(folder, _):
 
 SPOILED = {
     pickled: "only pickled weights",
-    mapped: "cannot load the model",
+    mapped: "cannot load the config of",
     truncated: "damaged or not safetensors",
 }
 
