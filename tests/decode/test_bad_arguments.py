@@ -19,6 +19,7 @@ from tests.decode.toys import prompts, reference, toy
         ("min_new_tokens", "x"),
         ("temperature", "x"),
         ("temperature", None),
+        ("temperature", 1e-320),
         ("top_p", [1]),
         ("min_p", "x"),
         ("presence_penalty", None),
@@ -101,3 +102,26 @@ def test_a_request_id_is_used_once_at_a_time():
             (done,) = engine.step() or (None,)
         assert done.prompt_token_ids == [3, 4]
         assert engine.add_request([5, 6], few, request_id="mine") == "mine"
+
+
+@pytest.mark.parametrize("params", ["x", 5, {"max_new_tokens": 3}, ""])
+def test_params_of_another_kind(params):
+    with Engine(toy(num_hidden_layers=1)) as engine:
+        for call in (
+            lambda: engine.generate([[3]], params=params),
+            lambda: engine.add_request([3], params),
+        ):
+            with pytest.raises(ConfigurationError, match="params="):
+                call()
+        assert not engine.has_unfinished()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sample", "a"), ("sample", -1), ("sample", 0.5), ("sample", None), ("prefix_group", [1])],
+)
+def test_arguments_of_a_request_of_the_wrong_kind(name, value):
+    with Engine(toy(num_hidden_layers=1)) as engine:
+        with pytest.raises(ConfigurationError, match=f"{name}="):
+            engine.add_request([3], **{name: value})
+        assert not engine.has_unfinished()

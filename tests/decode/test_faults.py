@@ -48,6 +48,19 @@ def test_out_of_memory_makes_passes_smaller(model, expected, monkeypatch, room, 
 
 
 def test_a_row_that_cannot_be_processed_fails_alone(model, expected, monkeypatch):
+    given = [[t % POISON for t in p] for p in prompts()]
+    with Engine(model, drafter="prompt-lookup", draft_budget=4) as engine:
+        fine = texts(engine, given)
+        poisoned(model, monkeypatch)
+        outputs = engine.generate([[5, POISON, 7], *given], max_new_tokens=12)
+        assert outputs[0].finish_reason == "error" and "poison" in outputs[0].error
+        ok = [o for o in outputs[1:] if o.finish_reason != "error"]
+        assert ok and all(o.token_ids == fine[o.index - outputs[1].index] for o in ok)
+        assert engine.target.cache.rows == ()
+
+
+def poisoned(model, monkeypatch):
+    """Passes that read the token ``POISON`` fail."""
     forward = type(model).forward
 
     def call(self, input_ids=None, **more):
@@ -55,15 +68,43 @@ def test_a_row_that_cannot_be_processed_fails_alone(model, expected, monkeypatch
             raise RuntimeError("poison")
         return forward(self, input_ids=input_ids, **more)
 
-    given = [[t % POISON for t in p] for p in prompts()]
-    with Engine(model, drafter="prompt-lookup", draft_budget=4) as engine:
-        fine = texts(engine, given)
+    monkeypatch.setattr(type(model), "forward", call)
+
+
+def test_a_bad_prompt_that_is_alone_in_its_pass_costs_nobody_else(model, expected, monkeypatch):
+    good = next(p for p in prompts() if POISON not in p)
+    right = expected[prompts().index(good)]
+    poisoned(model, monkeypatch)
+    with Engine(model, max_batch_size=1) as engine:
+        outputs = engine.generate([[5, POISON, 7], good], max_new_tokens=12)
+        assert [o.finish_reason for o in outputs] == ["error", outputs[1].finish_reason]
+        assert "poison" in outputs[0].error and outputs[1].token_ids == right
+        rid = engine.add_request([POISON], SamplingParams(max_new_tokens=2))
+        assert [o.request_id for o in engine.step()] == [rid]
+        assert not engine.has_unfinished() and engine.target.cache.rows == ()
+
+
+def test_a_row_goes_on_where_it_was_once_the_engine_works_again(model, monkeypatch):
+    """Even where half of its tokens were read when every pass began to fail."""
+    given, half, forward = [5, 6, 7, 8, 9, 10], [5, 6, 7], type(model).forward
+
+    def call(self, input_ids=None, **more):
+        if input_ids[0].tolist() != half:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, input_ids=input_ids, **more)
+
+    with Engine(model) as engine:
+        right = texts(engine, [given])
+        rid = engine.add_request(given, SamplingParams(max_new_tokens=12))
         monkeypatch.setattr(type(model), "forward", call)
-        outputs = engine.generate([[5, POISON, 7], *given], max_new_tokens=12)
-        assert outputs[0].finish_reason == "error" and "poison" in outputs[0].error
-        ok = [o for o in outputs[1:] if o.finish_reason != "error"]
-        assert ok and all(o.token_ids == fine[o.index - outputs[1].index] for o in ok)
-        assert engine.target.cache.rows == ()
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.step()
+        assert engine.target.length(engine.row(rid)) == len(half)
+        monkeypatch.setattr(type(model), "forward", forward)
+        outputs = []
+        while engine.has_unfinished():
+            outputs += engine.step()
+    assert [o.token_ids for o in outputs] == right
 
 
 def test_a_pass_that_nothing_can_save_raises(model, monkeypatch):

@@ -111,7 +111,7 @@ def test_own_processors_see_each_row_unpadded_and_every_token_once(model):
     assert ours == alone and alone.total() == NEW * len(prompts())
 
 
-def test_own_criteria_end_a_row_and_its_processors_have_seen_all_of_it(model):
+def test_own_criteria_end_a_row_and_its_processors_see_nothing_behind_it(model):
     extra = {
         "logits_processor": LogitsProcessorList([Parity()]),
         "stopping_criteria": StoppingCriteriaList([Sum()]),
@@ -119,7 +119,7 @@ def test_own_criteria_end_a_row_and_its_processors_have_seen_all_of_it(model):
     }
     _equal_rows(model, **extra)
     alone, ours = _shown(model, extra)
-    assert not alone - ours and alone.total() < NEW * len(prompts())
+    assert ours == alone and alone.total() < NEW * len(prompts())
 
 
 def test_allowed_tokens_by_row(model):
@@ -245,3 +245,17 @@ def test_a_processor_that_fails_is_an_error_and_no_short_text(model):
             custom_generate=speculative(),
             logits_processor=LogitsProcessorList([Faulty()]),
         )
+
+
+def test_rows_that_end_at_the_context_are_told_of():
+    small = toy(max_position_embeddings=32, eos_token_id=None, dtype=torch.float32, **SMALL)
+    texts = prompts((6, 3))
+    with pytest.warns(UserWarning, match=r"rows 0 .*context of 32"):
+        ids = small.generate(**_padded(texts), max_new_tokens=22, custom_generate=speculative())
+    assert ids.shape == (2, 12 + 22)  # the shorter row has room for them
+    assert ids[0, :32].tolist() == texts[0] + reference(small, texts[0], max_new_tokens=20)
+
+
+def test_rows_within_the_context_are_not_warned_of(model, recwarn):
+    model.generate(**_padded(prompts()), max_new_tokens=NEW, custom_generate=speculative())
+    assert not [w for w in recwarn if "context" in str(w.message)]

@@ -11,7 +11,7 @@ from retort.decode.draft import DraftContext
 from retort.decode.drafter import PromptLookupDrafter
 from retort.decode.engine import Engine
 from retort.decode.request import Request, SamplingParams
-from retort.decode.stopping import TextBuffer, extend
+from retort.decode.stopping import TextBuffer, grow
 from retort.errors import ConfigurationError
 from tests.decode.toys import toy
 
@@ -302,14 +302,50 @@ def test_stop_strings_are_never_shown_even_in_parts():
     assert "".join(_stream("one STO two", ("STOP",))) == "one STO two"
 
 
-def test_extend_ends_at_eos_limit_and_stop_string():
+def _grown(request, tokens):
+    """What a row takes of ``tokens`` until it ends."""
+    for token in tokens:
+        if request.finish_reason is None:
+            grow(request, token)
+    return request.output
+
+
+def test_a_row_ends_at_eos_limit_and_stop_string():
     request = _request("a", [5], new=3)
-    assert extend(request, [7, 8, 9, 10]) == [7, 8, 9] and request.finish_reason == "length"
+    assert _grown(request, [7, 8, 9, 10]) == [7, 8, 9] and request.finish_reason == "length"
     request = _request("a", [5], new=9)
-    assert extend(request, [7, 2, 9]) == [7, 2] and request.finish_reason == "stop"
+    assert _grown(request, [7, 2, 9]) == [7, 2] and request.finish_reason == "stop"
     request = _request("a", [5], new=9, ignore_eos=True)
-    assert extend(request, [7, 2, 9]) == [7, 2, 9] and request.finish_reason is None
+    assert _grown(request, [7, 2, 9]) == [7, 2, 9] and request.finish_reason is None
     request = _request("a", [5], new=9, stop_strings=["b"])
     request.text = TextBuffer(Bytes(), request.params.stops)
-    assert extend(request, list(b"abc")) == list(b"ab") and request.finish_reason == "stop"
+    assert _grown(request, list(b"abc")) == list(b"ab") and request.finish_reason == "stop"
     assert request.text.full(request.output) == "a"
+
+
+class Pairs:
+    """A tokenizer whose tokens are two bytes of UTF-8 text."""
+
+    def __init__(self, text):
+        data = text.encode()
+        self.pairs = [data[i : i + 2] for i in range(0, len(data), 2)]
+
+    def decode(self, ids, skip_special_tokens=True):
+        return b"".join(self.pairs[i] for i in ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("new", [2, 9])
+def test_a_stop_string_before_half_a_character_ends_the_row_at_once(new):
+    pairs = Pairs("abcé fg")  # "ab", "c" with half of "é", its other half
+    request = _request("a", [5], new=new, stop_strings=["bc"])
+    request.text = TextBuffer(pairs, request.params.stops)
+    assert _grown(request, [0, 1, 2]) == [0, 1] and request.finish_reason == "stop"
+    assert request.text.full(request.output) == "a" == request.text.take(last=True)
+
+
+def test_a_stop_string_is_found_behind_half_a_character():
+    pairs = Pairs("abcé fg")
+    request = _request("a", [5], new=9, stop_strings=["cé f"], ignore_eos=True)
+    request.text = TextBuffer(pairs, request.params.stops)
+    assert _grown(request, [0, 1, 2, 3]) == [0, 1, 2, 3] and request.finish_reason == "stop"
+    assert request.text.full(request.output) == "ab"

@@ -9,7 +9,7 @@ from retort.decode.choosing import Place, choose
 from retort.decode.engine import Engine
 from retort.decode.processors import shape_scores, warp
 from retort.decode.request import SamplingParams
-from retort.decode.sampling import draw, gumbel, judge
+from retort.decode.sampling import accepts, draw, gumbel, judge
 from tests.decode.test_engine import ScriptedDrafter
 from tests.decode.toys import prompts, toy
 from tests.invariants.naive import SHAPES, naive_probs
@@ -173,3 +173,17 @@ def test_judging_is_alike_alone_and_in_any_batch():
     together = judge(p, q, guess, key, index).tolist()
     alone = [int(judge(p[i], q[i], guess[i], i, 4)) for i in range(50)]
     assert together == alone and together != guess[:, 0].tolist()
+
+
+def test_judging_stays_on_the_device_of_its_drafts():
+    p, q = torch.randn(2, 5, 33, device="meta").softmax(-1)
+    draft = torch.zeros(5, 1, dtype=torch.int64, device="meta")
+    assert accepts(p, q, draft, draft, draft).device.type == "meta"
+
+
+def test_the_coldest_temperature_is_greedy():
+    model, texts = toy(eos_token_id=None), prompts((5, 9))
+    with Engine(model) as engine:
+        greedy = [o.token_ids for o in engine.generate(texts, max_new_tokens=12)]
+        cold = {"do_sample": True, "temperature": 1e-99, "top_p": 0.9}
+        assert [o.token_ids for o in engine.generate(texts, max_new_tokens=12, **cold)] == greedy

@@ -41,6 +41,7 @@ class Admission:
         self, request_id: str, index: int, prompt: Prompt, params: SamplingParams, hold: bool
     ) -> Request:
         """A request ready to be scheduled."""
+        check_params(params)
         self._check_ids("logit_bias", params.logit_bias or {})
         self._check_ids("bad_words_ids", (t for word in params.bad_words for t in word))
         self._check_ids("eos_token_id", _as_ids(params.eos_token_id))
@@ -97,6 +98,16 @@ class Admission:
         bad = next((t for t in ids if not 0 <= t < size), None)
         if bad is not None:
             raise ConfigurationError(f"{name}: token id {bad} is outside the vocabulary of {size}")
+
+
+def check_params(params: Any) -> None:
+    """Refuse what is no `SamplingParams`.
+
+    Raises:
+        ConfigurationError: so it is.
+    """
+    if not isinstance(params, SamplingParams):
+        raise ConfigurationError(f"params={params!r:.80} is wrong: it must be SamplingParams")
 
 
 def encode(prompt: Prompt, tokenizer: Any) -> list[int]:

@@ -33,8 +33,19 @@ class Place:
         adjust(scores, self.params, self.prompt, self.output, self.eos, drafting)
 
 
+def likeliest(scores: Tensor) -> Tensor:
+    """Tokens ``[...]`` of the highest ``scores`` ``[..., vocab]``; −1 where none can be told."""
+    tokens = torch.argmax(scores, -1)
+    return decided(tokens, scores.gather(-1, tokens[..., None])[..., 0])
+
+
+def decided(tokens: Tensor, highest: Tensor) -> Tensor:
+    """``tokens``, but −1 where the highest score is −inf or, since NaN beats all numbers, NaN."""
+    return tokens.masked_fill(~(highest > -torch.inf), -1)
+
+
 def choose(scores: Tensor, places: Sequence[Place], stream: int = TOKEN) -> list[int]:
-    """A token for each row of shaped ``scores`` ``[rows, vocab]``; −1 where none can be drawn."""
+    """A token for each row of shaped ``scores`` ``[rows, vocab]``; −1 where there is none."""
     found = [0] * len(places)
     for sampled in (False, True):
         rows = [i for i, place in enumerate(places) if place.params.do_sample == sampled]
@@ -42,7 +53,7 @@ def choose(scores: Tensor, places: Sequence[Place], stream: int = TOKEN) -> list
             continue
         part = pick(scores, rows)
         keys = noise_of([places[i] for i in rows], scores.device)
-        tokens = draw(part, *keys, stream) if sampled else torch.argmax(part, -1)
+        tokens = draw(part, *keys, stream) if sampled else likeliest(part)
         for i, token in zip(rows, tokens.tolist(), strict=True):
             found[i] = token
     return found

@@ -143,7 +143,7 @@ class ModelDrafter:
             seconds += [time.perf_counter() - started] if short else []
             for writing, token in zip(active, _write(active, logits), strict=True):
                 feeds[writing.context.request_id] = [token]
-            active = [w for w in active if len(w.tokens) < w.context.limit]
+            active = [w for w in active if w.goes_on]
         self.pass_seconds = sum(seconds) / len(seconds) if seconds else None
         return [w.draft for w in writings]
 
@@ -195,6 +195,11 @@ class _Writing:
         c = self.context
         output = [*c.tokens[c.prompt_length :], *self.tokens]
         return Place(c.params, c.tokens[: c.prompt_length], output, c.eos, c.key)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another token is wanted, and the last one could be told."""
+        return self.tokens[-1] >= 0 and len(self.tokens) < self.context.limit
 
     @property
     def draft(self) -> Draft:

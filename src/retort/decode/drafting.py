@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from operator import index
 from typing import Any
+
+from torch import Tensor
 
 from retort.decode.budget import Candidate, DraftBudget
 from retort.decode.draft import Draft, DraftContext, as_draft
@@ -18,6 +21,18 @@ from retort.errors import ConfigurationError
 
 DEFAULT = "default"
 _REFUSED = 8  # steps whose drafts did not pay, after which drafters are asked less often
+
+
+@contextmanager
+def _harmless(helper: object) -> Iterator[None]:
+    """A drafter or budget that fails costs speed and never a request."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(
+            f"{type(helper).__name__} failed, which costs no more than speed: {error}",
+            stacklevel=3,
+        )
 
 
 class Drafting:
@@ -101,17 +116,25 @@ class Drafting:
     def observe(self, request: Request, draft: Draft, accepted: int) -> None:
         """A draft of the request was verified."""
         name = request.drafter or ""
-        self.budget.observe(request.id, name, len(draft), accepted, draft.match)
+        with _harmless(self.budget):
+            self.budget.observe(request.id, name, len(draft), accepted, draft.match)
+
+    def time_step(self, rows: int, tokens: int, seconds: float) -> None:
+        """A pass over ``tokens`` tokens of ``rows`` decoding rows took ``seconds``."""
+        with _harmless(self.budget):
+            self.budget.time_step(rows, tokens, seconds)
 
     def forget(self, request_id: str) -> None:
         """Drop what drafters keep for a request; they begin again when they are asked again."""
         for drafter in self._drafters.values():
-            drafter.release(request_id)
+            with _harmless(drafter):
+                drafter.release(request_id)
 
     def release(self, request_id: str) -> None:
         """The request is finished."""
         self.forget(request_id)
-        self.budget.release(request_id)
+        with _harmless(self.budget):
+            self.budget.release(request_id)
 
     def close(self) -> None:
         """Let draft models go; they are as they were given."""
@@ -147,12 +170,20 @@ class Drafting:
             match = 0 if passes else drafts[row.id].match
             left = row.room if together else None
             candidates.append(Candidate(row.id, row.drafter or "", wanted, passes, match, left))
-        lengths = self.budget.allocate(candidates)
+        lengths = self._lengths(candidates)
         if any(lengths):
             self._refused = 0
         elif any(c.wanted for c in candidates):
             self._refused += 1
         return {c.row: min(n, c.wanted) for c, n in zip(candidates, lengths, strict=True)}
+
+    def _lengths(self, candidates: Sequence[Candidate]) -> list[int]:
+        with _harmless(self.budget):
+            lengths = [index(n) for n in self.budget.allocate(candidates)]
+            if len(lengths) != len(candidates) or min(lengths) < 0:
+                raise ValueError(f"allocate() gave {lengths} for {len(candidates)} rows")
+            return lengths
+        return [0] * len(candidates)
 
     def _ask(
         self, rows: Sequence[Request], limits: Mapping[str, int], passes: bool
@@ -168,32 +199,38 @@ class Drafting:
     def _guarded(
         self, name: str, rows: Sequence[Request], limits: Mapping[str, int]
     ) -> dict[str, Draft]:
-        """A drafter that fails costs speed and never a request."""
+        """A drafter's drafts by request, empty ones where it fails."""
         drafter = self._drafters[name]
         contexts = [DraftContext.of(row, limits[row.id], self._coupled) for row in rows]
-        started = time.perf_counter()
-        try:
+        with _harmless(drafter):
+            started = time.perf_counter()
             drafts = [as_draft(d) for d in drafter.propose(contexts)]
             fit = {c.request_id: self._fit(c, d) for c, d in zip(contexts, drafts, strict=True)}
-        except Exception as error:
-            warnings.warn(
-                f"{type(drafter).__name__} failed and drafts nothing in this step: {error}",
-                stacklevel=2,
-            )
-            return {row.id: Draft() for row in rows}
-        depth = max(c.limit for c in contexts)
+            self._time_draft(name, contexts, time.perf_counter() - started)
+            return fit
+        return {row.id: Draft() for row in rows}
+
+    def _time_draft(self, name: str, contexts: Sequence[DraftContext], elapsed: float) -> None:
+        drafter, depth = self._drafters[name], max(c.limit for c in contexts)
         if drafter.passes and depth:
-            whole = (time.perf_counter() - started) / depth
-            seconds = getattr(drafter, "pass_seconds", whole)
+            seconds = getattr(drafter, "pass_seconds", elapsed / depth)
             if seconds is not None:
-                self.budget.time_draft(name, seconds)
-        return fit
+                with _harmless(self.budget):
+                    self.budget.time_draft(name, seconds)
 
     def _fit(self, context: DraftContext, draft: Draft) -> Draft:
-        """Cut what a drafter should not have proposed: too many tokens, or unknown ones."""
+        """Cut what a drafter should not have proposed: too many tokens, or unknown ones.
+
+        Raises:
+            Exception: token ids that are no whole numbers, or a q that belongs to other tokens.
+        """
         fit = draft.cut(context.limit)
-        bad = (i for i, token in enumerate(fit.tokens) if not 0 <= token < self._vocab)
-        return fit.cut(next(bad, len(fit)))
+        tokens = [index(token) for token in fit.tokens]
+        bad = (i for i, token in enumerate(tokens) if not 0 <= token < self._vocab)
+        fit = Draft(tokens, fit.probs, fit.match).cut(next(bad, len(tokens)))
+        if fit.probs is not None and not self._coupled:
+            _check_probs(fit.probs, (len(fit), self._vocab))
+        return fit
 
     def _profile_once(self) -> None:
         """Tell the budget what passes cost; where measuring fails, live times have to teach it."""
@@ -204,3 +241,18 @@ class Drafting:
         if cost is not None and not cost.seconds_at:
             with suppress(Exception):
                 cost.learn(pass_profile(self._target))
+
+
+def _check_probs(probs: Any, shape: tuple[int, int]) -> None:
+    """Refuse what `rejection` cannot weigh.
+
+    Raises:
+        ValueError: it is no finite distribution for each token.
+    """
+    if not isinstance(probs, Tensor) or tuple(probs.shape) != shape:
+        found = getattr(probs, "shape", type(probs).__name__)
+        raise ValueError(f"probs must be a tensor of {shape}, not {found}")
+    if probs.numel():
+        low, high = probs.aminmax()
+        if not (low >= 0 and high < float("inf")):  # false for NaN, too
+            raise ValueError("probs must be finite and not negative")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from retort.decode.admission import Admission, Prompt, is_single
+from retort.decode.admission import Admission, Prompt, check_params, is_single
 from retort.decode.budget import build_budget
 from retort.decode.drafting import DEFAULT, Drafting
 from retort.decode.outputs import chunk, output
@@ -108,6 +108,8 @@ class Engine:
         )
         self._requests: dict[str, Request] = {}
         self._finished: list[RequestOutput] = []
+        self._leaving: dict[str, Request] = {}  # aborted by a function that a pass called
+        self._in_pass = False
         self._count = 0
 
     @classmethod
@@ -202,14 +204,15 @@ class Engine:
             prefix_group: kept prefixes are shared within a group only.
 
         Raises:
-            ConfigurationError: the prompt is empty, too long or holds unknown ids; a known id.
+            ConfigurationError: the prompt is empty, too long or holds unknown ids; a known id; an
+                argument of the wrong kind, which is named.
         """
         request_id = f"request-{self._count}" if request_id is None else request_id
         if request_id in self._requests:
             raise ConfigurationError(f"request id {request_id!r} is already in use")
-        request = self._admission.request(
-            request_id, self._count, prompt, params or SamplingParams(), hold
-        )
+        _check_row(sample, prefix_group)
+        params = SamplingParams() if params is None else params
+        request = self._admission.request(request_id, self._count, prompt, params, hold)
         request.drafter, request.sample = self.drafting.resolve(drafter), sample
         request.prefix_group = prefix_group
         self.scheduler.check(request_id, request.limit)
@@ -243,7 +246,7 @@ class Engine:
 
         Args:
             length: tokens to keep, prompt included; at least the prompt.
-            append: tokens to put after them, before the row goes on.
+            append: tokens to put after them, before the row goes on; their ``logprobs`` are empty.
             max_new_tokens: most tokens to generate after these.
 
         Raises:
@@ -264,7 +267,11 @@ class Engine:
 
     def release(self, request_id: str) -> None:
         """Let a held row go."""
-        self._free(self._known(request_id))
+        request = self._known(request_id)
+        if request.finish_reason is None:
+            self.abort(request_id)
+        else:
+            self._free(request)
 
     def request(self, request_id: str) -> Request:
         """The live state of a request; what it says stays readable after the request finished."""
@@ -275,10 +282,18 @@ class Engine:
         return self._known(request_id).row
 
     def abort(self, request_id: str) -> RequestOutput:
-        """Stop a request now and return what it has."""
+        """Stop a request now and return what it has.
+
+        A function that is called within a pass, such as a stopping criterion, may ask for it, too:
+        the request then leaves after the pass, and `step` or `generate` return it like any other.
+        """
         request = self._known(request_id)
         request.finish_reason = request.finish_reason or "abort"
-        return self._finish(request, hold=False)
+        if not self._in_pass:
+            return self._finish(request, hold=False)
+        request.hold = False
+        self._leaving[request_id] = request
+        return output(request, self._admission.text(request))
 
     def check(self) -> None:
         """Check the caches' integrity between passes.
@@ -307,7 +322,11 @@ class Engine:
     # Details
     def _pass(self) -> None:
         """One step; what finishes is handed out by `step`."""
-        self._step.run()
+        self._in_pass = True
+        try:
+            self._step.run()
+        finally:
+            self._in_pass = False
         self._finished += self._retire()
 
     def _advance(self, ids: Sequence[str]) -> list[RequestOutput]:
@@ -318,8 +337,8 @@ class Engine:
         return mine
 
     def _retire(self) -> list[RequestOutput]:
-        done = [r for r in self.scheduler.running if r.finish_reason is not None]
-        outputs = [self._finish(r, hold=r.hold) for r in done]
+        done = {r.id: r for r in self.scheduler.running if r.finish_reason is not None}
+        outputs = [self._finish(r, hold=r.hold) for r in (done | self._leaving).values()]
         if self.debug:
             self.target.cache.poison()
             if self.scheduler.idle:
@@ -331,7 +350,9 @@ class Engine:
 
     def _add_all(self, prompts: Any, sampling: dict, drafter: str | None) -> list[str]:
         drafter = self.drafting.resolve(drafter)
-        params = sampling.pop("params", None) or SamplingParams.build(**sampling)
+        params = sampling.pop("params", None)
+        params = SamplingParams.build(**sampling) if params is None else params
+        check_params(params)
         many = [prompts] if is_single(prompts) else list(prompts)
         ids = [self._admission.encode(p) for p in many]  # all are checked before one is queued
         return [
@@ -371,4 +392,12 @@ class Engine:
     def _free(self, request: Request) -> None:
         self.scheduler.remove(request)
         self._requests.pop(request.id)
+        self._leaving.pop(request.id, None)
         self._step.seats.free(request)
+
+
+def _check_row(sample: Any, prefix_group: Any) -> None:
+    if not isinstance(sample, int) or isinstance(sample, bool) or sample < 0:
+        raise ConfigurationError(f"sample={sample!r} must be a whole number of at least 0")
+    if not isinstance(prefix_group, str):
+        raise ConfigurationError(f"prefix_group={prefix_group!r} must be text")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,16 @@ from retort.decode.draft import Draft
 from retort.decode.packed import PackedModel
 from retort.decode.request import Request
 from retort.decode.scheduler import Plan
+
+
+@contextmanager
+def contained(*requests: Request) -> Iterator[None]:
+    """What fails in the work of some rows ends these and no others."""
+    try:
+        yield
+    except Exception as error:
+        for request in requests:
+            request.fail(error)
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class _Work:
 
 def salvage(
     target: PackedModel, plan: Plan, drafts: list[Draft], keep: list[int], error: Exception
-) -> Tensor:
+) -> Tensor | None:
     """Repeat a failed pass in smaller ones, without drafts, and leave out the rows that fail alone.
 
     A failed pass changes no row's length, so it can be repeated. Rows that fail on their own get
@@ -36,16 +48,16 @@ def salvage(
         error: what the pass raised.
 
     Returns:
-        Logits ``[Σ keep, vocab]`` of the rows that are left, in order.
+        Logits ``[Σ keep, vocab]`` of the rows that are left, in order; None where none is.
 
     Raises:
-        Exception: ``error`` itself where no row could be saved.
+        Exception: ``error`` itself where no pass succeeds: that is no fault of the rows.
     """
     works = [_Work(p.request, p.tokens, k) for p, k in zip(plan.prefills, keep, strict=False)]
     works += [_Work(r, r.pending, 1) for r in plan.decodes]
     results = _by_rows(target, works)
     saved = [(w, r) for w, r in zip(works, results, strict=True) if r is not None]
-    if not saved:
+    if not saved and not _works(target):
         for work in works:
             work.request.finish_reason = work.request.error = None
         raise error
@@ -53,7 +65,7 @@ def salvage(
     plan.decodes = [r for r in plan.decodes if r.finish_reason is None]
     drafts[:] = [Draft() for _ in plan.decodes]
     keep[:] = [work.keep for work, _ in saved]
-    return torch.cat([logits for _, logits in saved])
+    return torch.cat([logits for _, logits in saved]) if saved else None
 
 
 def _by_rows(target: PackedModel, works: list[_Work]) -> list[Tensor | None]:
@@ -73,8 +85,8 @@ def _alone(target: PackedModel, work: _Work) -> Tensor | None:
     try:
         return _by_tokens(target, work.request.row, work.tokens, work.keep)
     except Exception as error:
-        work.request.finish_reason = "error"
-        work.request.error = f"{type(error).__name__}: {error}"
+        work.request.fail(error)
+        work.request.fed = target.length(work.request.row)  # a part of its tokens may be read
         return None
 
 
@@ -89,3 +101,15 @@ def _by_tokens(target: PackedModel, row: int, tokens: list[int], keep: int) -> T
         late = min(keep, len(tokens) - middle)
         first = _by_tokens(target, row, tokens[:middle], keep - late)
         return torch.cat([first, _by_tokens(target, row, tokens[middle:], late)])
+
+
+def _works(target: PackedModel) -> bool:
+    """Whether a pass over one token of a fresh row succeeds."""
+    row = target.add_row()
+    try:
+        target.forward([(row, [0])], [1])
+    except Exception:
+        return False
+    finally:
+        target.free_row(row)
+    return True

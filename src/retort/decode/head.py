@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from retort.decode.choosing import decided
 from retort.ops.linear import packed_argmax
 from retort.ops.packing import PackedLinear
 
@@ -34,7 +35,10 @@ class GreedyHead:
 
     @contextmanager
     def choosing(self) -> Iterator[None]:
-        """For one pass the layer maps ``[..., hidden]`` to token ids, int64 ``[...]``."""
+        """For one pass the layer maps ``[..., hidden]`` to token ids, int64 ``[...]``.
+
+        −1 where no logit is above −inf or one is NaN.
+        """
         self._head.forward = self._choose
         try:
             yield
@@ -46,5 +50,5 @@ class GreedyHead:
         return logits is self._tokens
 
     def _choose(self, hidden: Tensor) -> Tensor:
-        self._tokens = packed_argmax(hidden, self._head.packed)[0]
+        self._tokens = decided(*packed_argmax(hidden, self._head.packed))
         return self._tokens

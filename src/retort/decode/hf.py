@@ -5,11 +5,12 @@
 ``generate`` hands over left-padded ids and a fresh cache: padding is stripped from each row, the
 cache is not used. The generation configuration, logits processors and stopping criteria mean what
 they mean for each row alone. What this path does not do (beams, guidance, a filled cache) is
-refused by name.
+refused by name. Rows end at the model's context, with a warning, where ``generate`` would go on.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ def speculative(
                 engine.add_request(row, params, sample=i % copies)
             outputs = _run(engine, streamers)
             generate.stats = engine.stats  # type: ignore[attr-defined]
+        _warn_of_short(outputs, shared["max_new_tokens"])
         return _collect(input_ids, outputs, config, shaping)
 
     return generate
@@ -136,6 +138,19 @@ def _show(streamers: Sequence[Any], requests: Sequence[Request], shown: list[int
         for token in requests[i].output[shown[i] :]:
             streamer.put(torch.tensor([token]))
             shown[i] += 1
+
+
+def _warn_of_short(outputs: Sequence[RequestOutput], wanted: int) -> None:
+    """``generate`` goes on beyond the context where a model can, with a warning of its own."""
+    short = [o for o in outputs if o.finish_reason == "length" and len(o.token_ids) < wanted]
+    if short:
+        length = len(short[0].prompt_token_ids) + len(short[0].token_ids)
+        rows = ", ".join(str(o.index) for o in short)
+        warnings.warn(
+            f"rows {rows} (from 0) reached the model's context of {length} tokens and end there, "
+            f"with fewer than {wanted} new ones; transformers' own generate would go on",
+            stacklevel=2,
+        )
 
 
 def _refuse(config: Any, kwargs: dict) -> None:
@@ -194,7 +209,7 @@ def _collect(
 
 
 def _steps(rows: Sequence[list[Tensor]], lengths: Sequence[int]) -> tuple[Tensor, ...]:
-    """For each step ``[batch, vocab]``; what was computed beyond a row's end is not its own."""
+    """For each step ``[batch, vocab]``; zero after a row's end."""
     if not any(lengths):
         return ()
     empty = torch.zeros_like(next(row[0] for row in rows if row))

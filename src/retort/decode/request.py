@@ -14,6 +14,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
 StoppingCriterion = Callable[[Sequence[int]], bool]
 
+_COLDEST = 1e-100  # scores divided by a temperature must stay finite
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -103,7 +105,7 @@ class SamplingParams:
                 _whole(self.min_new_tokens, 0) and _whole(self.max_new_tokens, self.min_new_tokens),
                 "between 0 and max_new_tokens",
             ),
-            ("temperature", _within(self.temperature, 0, math.inf), "a finite number above 0"),
+            ("temperature", _within(self.temperature, _COLDEST), f"finite and above {_COLDEST}"),
             ("top_k", _whole(self.top_k, 0), "0 (off) or a positive whole number"),
             ("top_p", _within(self.top_p, 0, 1), "above 0 and at most 1"),
             ("min_p", self.min_p == 0 or _within(self.min_p, 0, 1), "between 0 and 1"),
@@ -184,7 +186,8 @@ class RequestOutput:
         token_ids: generated ids, an end-of-sequence token included.
         text: decoded without special tokens, cut before a stop string.
         finish_reason: "stop", "length", "abort" or "error".
-        logprobs: for each token ``{token id: log-probability}``, where asked for.
+        logprobs: for each token ``{token id: log-probability}``, where asked for; empty for tokens
+            that `Engine.rewind` put in, which were not generated.
         prompt_logprobs: the same for the prompt, from its second token on.
         error: what went wrong where ``finish_reason`` is "error".
     """
@@ -276,6 +279,16 @@ class Request:
         """How many more tokens may be generated."""
         return self.limit - len(self.tokens)
 
+    @property
+    def generated(self) -> int:
+        """How many tokens there are after the prompt."""
+        return len(self.tokens) - len(self.prompt)
+
+    def fail(self, error: Exception) -> None:
+        """End the row with an error, unless it has ended already; it keeps its tokens."""
+        if self.finish_reason is None:
+            self.finish_reason, self.error = "error", f"{type(error).__name__}: {error}"
+
     def check_kept(self, length: int) -> None:
         """Refuse to take the row back to ``length`` tokens where it never stood.
 
@@ -292,7 +305,9 @@ class Request:
         """Keep ``length`` tokens, add some, and go on to ``limit`` with noise of its own."""
         self.tokens = [*self.tokens[:length], *append]
         del self.logprobs[length - len(self.prompt) :]
-        self.limit, self.finish_reason = limit, None
+        if self.params.logprobs is not None:
+            self.logprobs += [{} for _ in append]
+        self.limit, self.finish_reason, self.error = limit, None, None
         self.round += 1
 
 

@@ -72,7 +72,7 @@ def accepts(p: Tensor, q: Tensor, draft: Tensor, key: Number, index: Number) -> 
     Returns:
         Bool ``[..., 1]``.
     """
-    uniform = _uniform(_bits(key, index, torch.zeros(1, dtype=torch.int64), ACCEPT))
+    uniform = _uniform(_bits(key, index, torch.zeros_like(draft), ACCEPT))
     return uniform * q.gather(-1, draft) < p.gather(-1, draft)
 
 

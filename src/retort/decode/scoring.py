@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from retort.decode.faults import contained
 from retort.decode.request import Request
 from retort.decode.scheduler import Plan, Prefill
 
@@ -49,7 +50,8 @@ def score_prompts(plan: Plan, keep: Sequence[int], logits: Tensor) -> Tensor:
     parts = list(logits.split(list(keep)))
     for i, prefill in enumerate(plan.prefills):
         if prefill.request.params.prompt_logprobs is not None:
-            _record(prefill.request, parts[i])
+            with contained(prefill.request):
+                _record(prefill.request, parts[i])
             parts[i] = parts[i][len(parts[i]) - int(prefill.last) :]
     return torch.cat(parts)
 

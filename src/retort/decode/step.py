@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
 
-from retort.decode.budget import DraftBudget
 from retort.decode.draft import Draft
 from retort.decode.drafting import Drafting
-from retort.decode.faults import salvage
+from retort.decode.faults import contained, salvage
 from retort.decode.pace import PrefillPace
 from retort.decode.packed import PackedModel
 from retort.decode.prefixes import PrefixCache
@@ -20,7 +20,6 @@ from retort.decode.scheduler import Plan, Scheduler
 from retort.decode.scoring import score_prompts, wanted
 from retort.decode.seats import Seats
 from retort.decode.stats import EngineStats
-from retort.decode.stopping import extend
 from retort.decode.verify import greedy, verify
 
 Drafts = list[Draft]
@@ -39,7 +38,6 @@ class Step:
         verification: str,
     ) -> None:
         self._target, self._scheduler, self._drafting = target, scheduler, drafting
-        self._budget: DraftBudget = drafting.budget
         self._prefixes, self._pace, self._verification = prefixes, pace, verification
         self.seats = Seats(target, prefixes, drafting)
         self.stats = EngineStats()
@@ -76,6 +74,7 @@ class Step:
             return None
         keep = [wanted(p) for p in plan.prefills] + [1 + len(d) for d in drafts]
         started = time.perf_counter()
+        logits: Tensor | None
         try:
             logits = self._target.forward(feeds, keep, greedy=all(map(greedy, rows)))
         except Exception as error:
@@ -83,20 +82,22 @@ class Step:
         else:
             if not plan.prefills:
                 tokens, seconds = sum(len(t) for _, t in feeds), time.perf_counter() - started
-                self._budget.time_step(len(feeds), tokens, seconds)
-        return score_prompts(plan, keep, logits)
+                self._drafting.time_step(len(feeds), tokens, seconds)
+        return None if logits is None else score_prompts(plan, keep, logits)
 
     def accept(self, plan: Plan, drafts: Drafts, logits: Tensor | None) -> None:
-        """Count what was read, verify, and give each row the tokens that it gained."""
+        """Count what was read, and verify, which gives each row the tokens that it gains."""
         for prefill in plan.prefills:
-            self._count_read(prefill.request, len(prefill.tokens))
+            with contained(prefill.request):
+                self._count_read(prefill.request, len(prefill.tokens))
         if logits is None:
             return
         ready = [p.request for p in plan.prefills if p.last]
         requests, drafts = ready + plan.decodes, [Draft() for _ in ready] + drafts
         gains = verify(requests, drafts, logits, self._verification)
         for request, draft, tokens in zip(requests, drafts, gains, strict=True):
-            self._emit(request, draft, tokens)
+            with contained(request):
+                self._emit(request, draft, tokens)
 
     def _count_read(self, request: Request, tokens: int) -> None:
         if request.fed == 0 and self._prefixes.enabled:  # looked up and not found
@@ -106,18 +107,18 @@ class Step:
         self._prefixes.keep(request)
 
     def _emit(self, request: Request, draft: Draft, tokens: list[int]) -> None:
-        taken = extend(request, tokens)
-        del request.logprobs[len(request.output) :]
-        request.stats.steps += 1
-        if draft.tokens:
-            self._record_draft(request, draft, max(len(tokens) - 1, 0))
         self.seats.rewind(request, len(request.tokens) - 1)
-        self.stats.generated_tokens += len(taken)
+        request.stats.steps += 1
+        self.stats.generated_tokens += len(tokens)
+        if draft.tokens:
+            self._record_draft(request, draft, tokens)
 
-    def _record_draft(self, request: Request, draft: Draft, accepted: int) -> None:
+    def _record_draft(self, request: Request, draft: Draft, tokens: list[int]) -> None:
+        accepted = sum(map(operator.eq, tokens, draft.tokens))
         request.stats.record_draft(len(draft), accepted)
         self.stats.record_draft(len(draft), accepted)
-        self._drafting.observe(request, draft, accepted)
+        ended = accepted == len(tokens)  # inside the draft: nobody looked at the rest
+        self._drafting.observe(request, draft.cut(accepted) if ended else draft, accepted)
 
     @contextmanager
     def _clock(self, plan: Plan) -> Iterator[None]:

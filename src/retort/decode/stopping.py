@@ -53,22 +53,26 @@ class TextBuffer:
     def _push(self, token: int) -> bool:
         self._ids.append(token)
         before, now = self._decode(self._anchor, self._read), self._decode(self._anchor)
-        if now.endswith(_REPLACEMENT):
-            return False
-        searched = len(self._text)
-        self._text += now[len(before) :]
-        self._anchor, self._read = self._read, len(self._ids)
-        return self._cut_at_stop(searched)
+        new = now[len(before) :]
+        if self._cut_at_stop(new.rstrip(_REPLACEMENT)):
+            return True
+        if not now.endswith(_REPLACEMENT):
+            self._text += new
+            self._anchor, self._read = self._read, len(self._ids)
+        return False
 
     def _decode(self, start: int, end: int | None = None) -> str:
         return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
 
-    def _cut_at_stop(self, searched: int) -> bool:
-        from_ = max(0, searched - max(map(len, self._stops), default=1) + 1)
-        found = [at for s in self._stops if (at := self._text.find(s, from_)) >= 0]
+    def _cut_at_stop(self, new: str) -> bool:
+        """Whether a stop string ends in ``new``, text that follows; then cut before it."""
+        start = max(0, len(self._text) - max(map(len, self._stops), default=1) + 1)
+        tail = self._text[start:] + new
+        found = [at for s in self._stops if (at := tail.find(s)) >= 0]
         if not found:
             return False
-        self._text, self._read, self._stopped = self._text[: min(found)], len(self._ids), True
+        self._text = self._text[:start] + tail[: min(found)]
+        self._read, self._stopped = len(self._ids), True
         return True
 
     def _undecided(self) -> int:
@@ -77,29 +81,21 @@ class TextBuffer:
         return max(tails, default=0)
 
 
-def extend(request: Request, tokens: list[int]) -> list[int]:
-    """Append tokens to the row until it ends; return those appended and set its finish reason."""
-    taken: list[int] = []
-    for token in tokens:
-        if request.room <= 0:
-            break
-        request.tokens.append(token)
-        taken.append(token)
-        if _guarded(request, token):
-            break
-    if request.finish_reason is None and request.room <= 0:
-        request.finish_reason = "length"
-    return taken
-
-
-def _guarded(request: Request, token: int) -> bool:
-    """Whether the row ends here; a fault in its own criteria ends that row alone."""
+def grow(request: Request, token: int) -> None:
+    """Append a token to the row, and end the row where that is its last one."""
+    request.tokens.append(token)
     try:
         if _ends(request, token):
-            request.finish_reason = "stop"
-    except Exception as error:
-        request.finish_reason, request.error = "error", f"{type(error).__name__}: {error}"
-    return request.finish_reason is not None
+            request.finish_reason = request.finish_reason or "stop"
+    except Exception as error:  # in the row's own criteria
+        request.fail(error)
+    end_if_full(request)
+
+
+def end_if_full(request: Request) -> None:
+    """A row without room for another token ends."""
+    if request.finish_reason is None and request.room <= 0:
+        request.finish_reason = "length"
 
 
 def _ends(request: Request, token: int) -> bool:

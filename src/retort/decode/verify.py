@@ -2,8 +2,9 @@
 
 A position is looked at only when every draft before it stands, so its context is the row's true
 text: processors see what plain decoding would show them, once for each token. Greedy and `coupled`
-rows compute the target's own token and compare; `rejection` weighs p against q. Either way the
-first token that differs from its draft (or the one after the last draft) ends the row's gain.
+rows compute the target's own token and compare; `rejection` weighs p against q. The
+first token that differs from its draft (or the one after the last draft) ends the row's gain, and
+so does the token that ends the row: nothing behind it is looked at.
 The first position of all rows is decided together, then the second of those that still stand.
 """
 
@@ -14,12 +15,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retort.decode.choosing import Place, choose, noise_of, pick
+from retort.decode.choosing import Place, choose, likeliest, noise_of, pick
 from retort.decode.draft import Draft, row_key
+from retort.decode.faults import contained
 from retort.decode.processors import is_plain, warp
 from retort.decode.request import Request
 from retort.decode.sampling import judge, one_hot
 from retort.decode.scoring import entries
+from retort.decode.stopping import end_if_full, grow
 
 RULES = ("coupled", "rejection")
 
@@ -27,7 +30,7 @@ RULES = ("coupled", "rejection")
 def verify(
     requests: Sequence[Request], drafts: Sequence[Draft], logits: Tensor, rule: str = "coupled"
 ) -> list[list[int]]:
-    """Tokens that each row gains.
+    """Tokens that each row gained; they are appended to it, and rows end where they do.
 
     Args:
         requests: the rows that decode in this pass.
@@ -36,20 +39,23 @@ def verify(
             argmax, int64 ``[Σ (1 + len(draft))]``, is enough.
         rule: for sampled rows, "coupled" or "rejection", see `retort.decode.sampling`.
 
-    A row whose processing fails gains nothing and gets the finish reason "error".
+    A row whose processing fails keeps what it gained before and gets the finish reason "error".
     """
-    best = (torch.argmax(logits, -1) if logits.is_floating_point() else logits).tolist()
+    best = (likeliest(logits) if logits.is_floating_point() else logits).tolist()
     rows = _line_up(requests, drafts)
     while standing := [row for row in rows if row.stands]:
         shaped = []
         for row in standing:
-            if row.place.plain:
+            if row.plain:
                 row.take(best[row.at])
             else:
                 shaped.append(row)
-        _weigh(shaped, logits, rule)
+        if shaped:
+            with contained(*(row.request for row in shaped)):
+                _weigh(shaped, logits, rule)
     for row in rows:
-        row.record_logprobs(logits)
+        with contained(row.request):
+            row.record_logprobs(logits)
     return [row.tokens for row in rows]
 
 
@@ -57,7 +63,7 @@ def greedy(request: Request) -> bool:
     """Whether nothing of the request's logits but their argmax will be looked at."""
     params = request.params
     scored = params.logprobs is not None or params.prompt_logprobs is not None
-    return not scored and is_plain(params, len(request.output))
+    return not scored and is_plain(params, request.generated)
 
 
 class _Row:
@@ -66,7 +72,18 @@ class _Row:
     def __init__(self, request: Request, draft: Draft, start: int) -> None:
         self.request, self.draft, self.start = request, draft, start
         self.tokens: list[int] = []
-        self.stands = True
+        self._agrees = True
+        end_if_full(request)
+
+    @property
+    def stands(self) -> bool:
+        """Whether there is another position to look at: all drafts before it stand."""
+        return self._agrees and self.request.finish_reason is None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the position's token is the bare argmax of the logits."""
+        return is_plain(self.request.params, self.request.generated)
 
     @property
     def at(self) -> int:
@@ -82,9 +99,8 @@ class _Row:
     @property
     def place(self) -> Place:
         """The position's context: the row's true text."""
-        request = self.request
-        output = request.output + self.tokens
-        return Place(request.params, request.prompt, output, request.eos, row_key(request))
+        row = self.request
+        return Place(row.params, row.prompt, row.output, row.eos, row_key(row))
 
     @property
     def judged(self) -> bool:
@@ -92,25 +108,15 @@ class _Row:
         return self.request.params.do_sample and self.guess is not None
 
     def take(self, token: int) -> None:
-        """The position's token is decided."""
-        if token < 0:
-            self.fail(ValueError("no token has a finite score"))
+        """The position's token is decided, unless another row's criterion ended the row."""
+        if not self.stands:
             return
-        self.stands = token == self.guess
+        if token < 0:
+            self.request.fail(ValueError("no token has a finite score"))
+            return
+        self._agrees = token == self.guess
         self.tokens.append(token)
-
-    def fail(self, error: Exception) -> None:
-        """A fault in one row's processing ends that row alone."""
-        self.request.finish_reason = "error"
-        self.request.error = f"{type(error).__name__}: {error}"
-        self.tokens, self.stands = [], False
-
-    def adjust(self, scores: Tensor) -> None:
-        """Shape ``scores`` ``[vocab]`` by the row's text."""
-        try:
-            self.place.adjust(scores)
-        except Exception as error:
-            self.fail(error)
+        grow(self.request, token)
 
     def q(self, like: Tensor) -> Tensor:
         """The distribution ``[vocab]`` that the guess was drawn from."""
@@ -135,11 +141,10 @@ def _line_up(requests: Sequence[Request], drafts: Sequence[Draft]) -> list[_Row]
 
 def _weigh(rows: list[_Row], logits: Tensor, rule: str) -> None:
     """Decide one position of each row by its shaped scores; ``logits`` are of the whole pass."""
-    if not rows:
-        return
     scores = logits[[row.at for row in rows]].to(torch.float64)
     for row, each in zip(rows, scores, strict=True):
-        row.adjust(each)
+        with contained(row.request):
+            row.place.adjust(each)
     kept = [i for i, row in enumerate(rows) if row.stands]
     scores, rows = pick(scores, kept), [rows[i] for i in kept]
     scores = warp(scores, [row.request.params for row in rows])
