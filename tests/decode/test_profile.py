@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 
 import pytest
 import torch
@@ -55,6 +56,22 @@ def test_a_profile_that_overrates_drafts_is_found_out():
         sent.append(drafts)
     assert not any(sent[:20])
     assert sent[-500:].count(0) <= 500 / 16 + 1  # but for the plain passes that are due
+
+
+def test_a_flat_profile_is_found_out_and_drafts_that_pay_go_on():
+    """Measured while memory was slow: tokens seem free, and each takes 0.15 of a pass."""
+    budget, rng = AutoBudget(cost=PassCost(StepCost({1: 1.0, 64: 1.0}))), random.Random(0)
+    tokens, seconds, sent = 0, 0.0, []
+    for _ in range(2000):
+        drafts = sum(budget.allocate([Candidate("a", "d", 7, match=4)]))
+        accepted = next((i for i in range(drafts) if rng.random() > 0.55), drafts)
+        budget.time_step(1, 1 + drafts, 1.0 + 0.15 * drafts)
+        if drafts:
+            budget.observe("a", "d", drafts, accepted, match=4)
+        tokens, seconds = tokens + 1 + accepted, seconds + 1.0 + 0.15 * drafts
+        sent.append(drafts)
+    assert sent[-500:].count(0) < 100
+    assert tokens / seconds > 1.25  # two drafts at a time: (1 + 0.55 + 0.3) / 1.3 = 1.42
 
 
 def test_measuring_counts_no_pass_and_leaves_no_row(target):

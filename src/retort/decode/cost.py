@@ -61,21 +61,22 @@ class PassCost:
 
     Plain passes are timed live, for each number of rows, and where every pass has drafts one is due
     now and then: it loses nothing against plain decoding, and what drafts cost is measured against
-    it. From the profile, which knows one short
-    row only, comes what more tokens *add*, times a factor that passes with drafts teach [our
-    choice: a profile taken as it stands underrates what drafts cost beside many long rows].
+    it. From the profile, which knows one short row only, comes what more tokens *add*, and passes
+    with drafts teach what each of them takes beyond that [our choice: a profile taken as it stands
+    underrates what drafts cost beside many long rows, and one of an hour with slow memory is flat
+    where tokens cost something in a faster one].
 
     Args:
         profile: T(tokens) of one row.
         plain: seconds of plain passes by number of rows, the median of the latest.
-        factor: what drafts really added, relative to the profile.
-        hope: share by which the factor falls in a step without any draft, so that a profile which
-            overrates drafts is found out.
+        extra: seconds that a draft takes beyond the profile; negative where that overrates it.
+        hope: share of a draft's cost by which ``extra`` falls in a step without any draft, so that
+            a profile or a lesson which overrates drafts is found out.
     """
 
     profile: StepCost = field(default_factory=StepCost)
     plain: dict[int, float] = field(default_factory=dict)
-    factor: float = 1.0
+    extra: float = 0.0
     hope: float = 0.002
     _recent: dict[int, deque[float]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=_RECENT)), repr=False
@@ -83,8 +84,10 @@ class PassCost:
     _since: dict[int, int] = field(default_factory=lambda: defaultdict(int), repr=False)
 
     def seconds(self, rows: int, drafts: int = 0) -> float:
-        """Expected seconds."""
-        return self._plain(rows) + self.factor * self._added(rows, drafts)
+        """Expected seconds; a draft adds a quarter of its profile and 0.3 % of a pass at least."""
+        plain, profiled = self._plain(rows), self._profiled(rows, drafts)
+        least = max(_LEAST * profiled, 0.003 * drafts * plain)
+        return plain + max(profiled + self.extra * drafts, least)
 
     def plain_is_due(self, rows: int) -> bool:
         """Whether what a plain pass of so many rows takes should be seen again; sooner at first."""
@@ -98,19 +101,19 @@ class PassCost:
             self._since[rows] = 0
             return
         self._since[rows] += 1
-        plain, added = self._plain(rows), self._added(rows, drafts)
-        seen = min(max((seconds - plain) / added, 0.0), 4.0)
-        weight = min(0.1, 0.3 * added / plain)  # where drafts add little, noise says nothing
-        self.factor = max(self.factor + weight * (seen - self.factor), _LEAST)
+        plain = self._plain(rows)
+        seen = (seconds - plain - self._profiled(rows, drafts)) / drafts
+        self.extra += 0.1 * (min(max(seen, -plain), plain) - self.extra)
 
     def regain(self) -> None:
         """Nothing was drafted although it could have been."""
-        self.factor = max(self.factor * (1 - self.hope), min(self.factor, 2 * _LEAST))
+        slope = (self.profile.seconds(9) - self.profile.seconds(1)) / 8
+        self.extra -= self.hope * (slope + max(self.extra, 0.0))
+        self.extra = max(self.extra, -0.5 * slope)
 
-    def _added(self, rows: int, drafts: int) -> float:
-        """By the profile, and at least 0.3 % of a pass a token."""
-        alone = self.profile.seconds(rows)
-        return max(self.profile.seconds(rows + drafts) - alone, 0.003 * drafts * alone)
+    def _profiled(self, rows: int, drafts: int) -> float:
+        """What the drafts add by the profile."""
+        return self.profile.seconds(rows + drafts) - self.profile.seconds(rows)
 
     def _plain(self, rows: int) -> float:
         if not self.plain or rows in self.plain:
