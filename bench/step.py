@@ -75,7 +75,7 @@ def main():
             print(line(results[-1]), flush=True)
         forwards.append(measure_forward(options, size))
         print(line(forwards[-1]), flush=True)
-    record = Provenance.collect(vars(options)).to_dict()
+    record = Provenance.collect({**vars(options), "output": None}).to_dict() | {"command": []}
     write_json(options.output, {"provenance": record, "results": results, "forward": forwards})
 
 
