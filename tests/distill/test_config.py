@@ -103,7 +103,7 @@ def test_a_wrong_value_is_named_in_one_line(tmp_path, values, named):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"dac_mode": "fixed", "dac_lower": 0.9, "dac_upper": 0.1}, "dac_lower=0.9 must lie below"),
+        ({"dac_mode": "fixed", "dac_lower": 0.9, "dac_upper": 0.1}, "dac_lower=0.9 lies above"),
         ({"dac_mode": "fixed", "dac_upper": -1}, "dac_upper=-1"),
         ({"dac_lower": 0.1}, "dac_lower=0.1 contradicts method='mgsr' as it is set: only"),
         ({"dac_lower": 0.1}, "dac_mode='fixed'"),

@@ -58,9 +58,9 @@ class DacSettings:
         if self.top_k < 1 or self.tau <= 0:
             raise ConfigurationError(f"top_k = {self.top_k}, tau = {self.tau}: need ≥ 1 and > 0.")
         lower, upper = self.fixed_band
-        if lower >= upper:
+        if lower > upper:
             raise ConfigurationError(
-                f"dac_lower={lower:g} must lie below dac_upper={upper:g}: such a band keeps nothing"
+                f"dac_lower={lower:g} lies above dac_upper={upper:g}: such a band keeps nothing"
             )
 
     @property
