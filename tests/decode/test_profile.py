@@ -74,6 +74,18 @@ def test_a_flat_profile_is_found_out_and_drafts_that_pay_go_on():
     assert tokens / seconds > 1.25  # two drafts at a time: (1 + 0.55 + 0.3) / 1.3 = 1.42
 
 
+def test_drafts_are_not_blamed_for_a_machine_that_slows_down():
+    """Every draft is accepted; passes take twice as long from step 300 on, plain ones too."""
+    budget, sent = AutoBudget(cost=PassCost(StepCost({1: 1.0, 64: 1.0}))), []
+    for step in range(500):
+        drafts = sum(budget.allocate([Candidate("a", "d", 1, match=4)]))
+        budget.time_step(1, 1 + drafts, (1.0 if step < 300 else 3.0) * (1 + 0.2 * drafts))
+        if drafts:
+            budget.observe("a", "d", drafts, int(step % 3 > 0), match=4)
+        sent.append(drafts)
+    assert sent[320:].count(0) < 40
+
+
 def test_measuring_counts_no_pass_and_leaves_no_row(target):
     measured = profile.best(profile.measure(target, repeats=1))
     assert set(measured) == set(GOOD) and min(measured.values()) > 0

@@ -18,6 +18,8 @@ from retort.decode.acceptance import Acceptance
 from retort.decode.cost import PassCost, StepCost
 from retort.errors import ConfigurationError
 
+_SLOWER = 1.1  # of plain passes: more than they scatter
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -111,6 +113,7 @@ class AutoBudget:
     credit_steps: float = 8.0
     draft_seconds: dict[str, float] = field(default_factory=dict)
     _credit: float | None = field(default=None, repr=False)
+    _believed: dict[int, float] = field(default_factory=dict, repr=False)
     _worth: dict[str, float] = field(default_factory=dict, repr=False)
 
     def allocate(self, candidates: Sequence[Candidate]) -> list[int]:
@@ -121,7 +124,7 @@ class AutoBudget:
         shares = worth(candidates, plain, self.cost.seconds(1))
         each = plain / max(len(candidates), 1)
         self._worth = {c.row: each * s for c, s in zip(candidates, shares, strict=True)}
-        self._accrue(plain)
+        self._accrue(plain, len(candidates))
         gains = sorted(
             (-survival * share, depth, i)
             for i, (c, share) in enumerate(zip(candidates, shares, strict=True))
@@ -130,6 +133,7 @@ class AutoBudget:
         best, seconds = self._best_prefix(candidates, gains)
         lengths = [0] * len(candidates)
         if best and self._spend(seconds - plain):
+            self._believed[len(candidates)] = plain
             for _, _, i in gains[:best]:
                 lengths[i] += 1
         elif gains:
@@ -187,10 +191,16 @@ class AutoBudget:
     def _draft_seconds(self, drafter: str) -> float:
         return self.draft_seconds.get(drafter, 0.0)
 
-    def _accrue(self, plain: float) -> None:
-        """Another step's share of time to lose, up to ``credit_steps`` plain steps."""
+    def _accrue(self, plain: float, rows: int) -> None:
+        """Another step's share of time to lose, up to ``credit_steps`` plain steps.
+
+        Where plain passes prove slower than was believed while drafts used the credit up, the
+        machine had slowed down and drafts were blamed for it: they get half of it back.
+        """
         most = self.credit_steps * plain
         credit = most if self._credit is None else self._credit + self.exploring * plain
+        if credit <= 0 and plain > _SLOWER * self._believed.get(rows, plain):
+            credit, self._believed[rows] = most / 2, plain
         self._credit = min(credit, most)
 
     def _spend(self, seconds: float) -> bool:

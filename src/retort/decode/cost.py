@@ -103,7 +103,7 @@ class PassCost:
         self._since[rows] += 1
         plain = self._plain(rows)
         seen = (seconds - plain - self._profiled(rows, drafts)) / drafts
-        self.extra += 0.1 * (min(max(seen, -plain), plain) - self.extra)
+        self.extra += 0.1 * (min(max(seen, -plain), plain / drafts) - self.extra)
 
     def regain(self) -> None:
         """Nothing was drafted although it could have been."""
