@@ -8,7 +8,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from retort.distill.config import DistillConfig
-from retort.distill.options.uses import USES
+from retort.distill.options.uses import USES, unread
 from retort.distill.presets import PRESETS, Preset
 from retort.errors import ConfigurationError
 from retort.train.arguments import resolved
@@ -145,7 +145,9 @@ def test_what_nothing_reads_is_refused_naming_who_would(tmp_path, values, said):
     ],
 )
 def test_limits_and_what_a_mix_reads_are_fine(tmp_path, values):
-    build(tmp_path, **values)
+    made = build(tmp_path, **values)
+    assert unread(made) is None
+    assert {**resolved(made), **values} == resolved(made)
 
 
 def test_every_use_names_options(tmp_path):

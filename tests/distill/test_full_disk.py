@@ -1,6 +1,5 @@
 """T23: a disk that is really full. The system refuses the bytes, in processes of their own."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from retort.manifest import STAMP
 from retort.train import checkpoint
 from retort.train.arguments import resolved
 from retort.train.checkpoint import LOCK
-from tests.distill.toys import ROWS, config, llama, tokenizer
+from tests.distill.toys import config_of_parts, save_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = ["--shard-tokens", "12"]
@@ -61,39 +60,36 @@ def contents(folder):
 def parts(tmp_path_factory):
     """A model that teaches and learns, rows, and an unbroken run."""
     folder = tmp_path_factory.mktemp("parts")
-    llama(2).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    run(settings(folder, folder / "whole"))
+    save_parts(folder)
+    run(config_of_parts(folder, folder / "whole"))
     return folder
 
 
-def settings(parts, folder):
-    names = {"model_name_or_path": parts / "model", "dataset_name": parts / "rows.jsonl"}
-    made = {"method": "sft", "save_strategy": "steps", "save_steps": 2}
-    return config(folder, **made, **{name: str(path) for name, path in names.items()})
+def write_config(parts, tmp_path):
+    """``run.yaml`` of a run; returns the folder that it will fill."""
+    folder = tmp_path / "run"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(resolved(config_of_parts(parts, folder))))
+    return folder
 
 
 @pytest.mark.parametrize("too_large", ["model.safetensors", "optimizer.pt"])
 def test_a_checkpoint_on_a_full_disk(parts, tmp_path, too_large):
     """Once safetensors meets the end of the disk, once PyTorch's archive does."""
-    folder = tmp_path / "run"
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(resolved(settings(parts, folder))))
+    folder = write_config(parts, tmp_path)
     size = (parts / "whole" / "checkpoint-2" / too_large).stat().st_size - 1
     place = "retort.train.checkpoint", "staging", 2
     line = on_a_full_disk(place, size, "distill", "--config", tmp_path / "run.yaml")
     assert f"{folder / 'checkpoint-4'} could not be written" in line
     assert checkpoint.newest(folder).name == "checkpoint-2"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"checkpoint-2"}
-    run(settings(parts, folder))
+    run(config_of_parts(parts, folder))
     expected = load_file(parts / "whole" / "model.safetensors")
     for name, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(value, expected[name]), name
 
 
 def test_a_finished_model_on_a_full_disk(parts, tmp_path):
-    folder = tmp_path / "run"
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(resolved(settings(parts, folder))))
+    folder = write_config(parts, tmp_path)
     place = "retort.train.checkpoint", "staging", 3
     line = on_a_full_disk(place, 9000, "distill", "--config", tmp_path / "run.yaml")
     assert f"{folder} could not be written" in line
@@ -102,8 +98,7 @@ def test_a_finished_model_on_a_full_disk(parts, tmp_path):
 
 
 def test_a_log_on_a_full_disk(parts, tmp_path):
-    folder = tmp_path / "run"
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(resolved(settings(parts, folder))))
+    folder = write_config(parts, tmp_path)
     place = "retort.train.checkpoint", "rotate", 1
     line = on_a_full_disk(place, 10, "distill", "--config", tmp_path / "run.yaml")
     assert f"{folder / 'training.jsonl'} could not be written" in line

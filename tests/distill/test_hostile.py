@@ -17,7 +17,7 @@ from retort.errors import ConfigurationError
 from retort.manifest import MANIFEST, write_manifest
 from retort.train import checkpoint
 from retort.train.arguments import resolved
-from tests.distill.toys import ROWS, config, llama, tokenizer, trainer
+from tests.distill.toys import config_of_parts, save_parts, trainer
 
 CANARY = "canary"
 
@@ -36,17 +36,9 @@ class Evil:
 def parts(tmp_path_factory):
     """A model that teaches and learns, rows, and a run of two steps with a checkpoint."""
     folder = tmp_path_factory.mktemp("parts")
-    llama(2).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    run(settings(folder, folder / "run", max_steps=2))
+    save_parts(folder)
+    run(config_of_parts(folder, folder / "run", max_steps=2))
     return folder
-
-
-def settings(parts, folder, **changes):
-    names = {"model_name_or_path": parts / "model", "dataset_name": parts / "rows.jsonl"}
-    values = {"method": "sft", "save_strategy": "steps", "save_steps": 2}
-    return config(folder, **{**values, **{k: str(v) for k, v in names.items()}, **changes})
 
 
 @pytest.fixture
@@ -71,7 +63,7 @@ def resumed(request, parts, tmp_path, refusal):
     """What the command says of a run's checkpoint that ``spoil`` changes, found or named."""
     folder = tmp_path / "run"
     shutil.copytree(parts / "run", folder)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(resolved(settings(parts, folder))))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(resolved(config_of_parts(parts, folder))))
     place = folder / "checkpoint-2"
     named = [] if request.param == "found" else ["--resume_from_checkpoint", place]
 
@@ -224,7 +216,7 @@ def test_a_hostile_model_is_not_distilled(refusal, parts, tmp_path, spoiled, rol
     """T25: as student and as teacher."""
     folder, message = spoiled
     (tmp_path / "run.yaml").write_text(
-        yaml.safe_dump(resolved(settings(parts, tmp_path / "run", method="kd")))
+        yaml.safe_dump(resolved(config_of_parts(parts, tmp_path / "run", method="kd")))
     )
     models = {"model": parts / "model", "teacher_model": parts / "model", role: folder}
     flags = [text for name, path in models.items() for text in (f"--{name}_name_or_path", path)]

@@ -1,5 +1,7 @@
 """Tiny models, a tokenizer and rows for the trainer's tests."""
 
+import json
+
 import torch
 
 from retort.decode.stats import EngineStats
@@ -123,3 +125,17 @@ def greedy_text(model, prompt, length):
     )
     model.train(kept)
     return tokenizer().decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def save_parts(folder):
+    """A model that teaches and learns, with its tokenizer, and rows, as files in ``folder``."""
+    llama(2).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def config_of_parts(parts, folder, **changes):
+    """Learn the rows of `save_parts` in ``folder``, with a checkpoint at every second step."""
+    names = {"model_name_or_path": parts / "model", "dataset_name": parts / "rows.jsonl"}
+    values = {"method": "sft", "save_strategy": "steps", "save_steps": 2}
+    return config(folder, **{**values, **{k: str(v) for k, v in names.items()}, **changes})

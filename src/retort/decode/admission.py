@@ -110,6 +110,18 @@ def check_params(params: Any) -> None:
         raise ConfigurationError(f"params={params!r:.80} is wrong: it must be SamplingParams")
 
 
+def check_row(sample: Any, prefix_group: Any) -> None:
+    """Refuse what names no sample of a prompt and no group of prefixes.
+
+    Raises:
+        ConfigurationError: so it is.
+    """
+    if not isinstance(sample, int) or isinstance(sample, bool) or sample < 0:
+        raise ConfigurationError(f"sample={sample!r} must be a whole number of at least 0")
+    if not isinstance(prefix_group, str):
+        raise ConfigurationError(f"prefix_group={prefix_group!r} must be text")
+
+
 def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
     """Ids of one prompt: text as it stands, messages through the chat template, ids unchanged."""
     if isinstance(prompt, str):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from retort.decode.admission import Admission, Prompt, check_params, is_single
+from retort.decode.admission import Admission, Prompt, check_params, check_row, is_single
 from retort.decode.budget import build_budget
 from retort.decode.drafting import DEFAULT, Drafting
 from retort.decode.outputs import chunk, output
@@ -210,7 +210,7 @@ class Engine:
         request_id = f"request-{self._count}" if request_id is None else request_id
         if request_id in self._requests:
             raise ConfigurationError(f"request id {request_id!r} is already in use")
-        _check_row(sample, prefix_group)
+        check_row(sample, prefix_group)
         params = SamplingParams() if params is None else params
         request = self._admission.request(request_id, self._count, prompt, params, hold)
         request.drafter, request.sample = self.drafting.resolve(drafter), sample
@@ -394,10 +394,3 @@ class Engine:
         self._requests.pop(request.id)
         self._leaving.pop(request.id, None)
         self._step.seats.free(request)
-
-
-def _check_row(sample: Any, prefix_group: Any) -> None:
-    if not isinstance(sample, int) or isinstance(sample, bool) or sample < 0:
-        raise ConfigurationError(f"sample={sample!r} must be a whole number of at least 0")
-    if not isinstance(prefix_group, str):
-        raise ConfigurationError(f"prefix_group={prefix_group!r} must be text")
