@@ -1,5 +1,6 @@
 """FAULTS.md S11 and S12, and what the command line says: the server as its own processes."""
 
+import logging
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from retort.serve.server import http_config
 from tests.serve import tiny
 
 LONG = {"prompt": "the cat", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
@@ -193,3 +195,19 @@ def test_a_missing_extra_says_what_to_install(python):
         "from retort.cli import run; print(run(['serve', 'x']))"
     )
     assert python(code).strip() == "2"
+
+
+def test_other_libraries_log_handlers_stay_as_they_are():
+    """`logging.config.dictConfig`, uvicorn's default, closes every handler of the process."""
+    closed = []
+
+    class Handler(logging.StreamHandler):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    handler = Handler()
+    http_config(None)
+    assert not closed
+    handler.close()
+    assert closed == [handler]

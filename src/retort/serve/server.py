@@ -204,7 +204,7 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
     with bind(options.host, options.port) as listener:
         process, connection = start_worker(options.engine)
         try:
-            config = uvicorn.Config("", loop="auto")
+            config = uvicorn.Config("", loop="auto", log_config=None)
             with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
                 return runner.run(_serve(options, listener, connection, say))
         finally:
@@ -246,6 +246,7 @@ def http_config(app: Any) -> uvicorn.Config:
         http=BoundedProtocol,
         ws="none",
         lifespan="off",
+        log_config=None,  # dictConfig would close other libraries' handlers
         log_level="warning",
         access_log=False,
         server_header=False,
