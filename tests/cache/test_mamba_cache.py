@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from retort.cache.mamba import GRID, MambaRowCache, MambaShape
+from retort.cache.mamba import MambaRowCache, MambaShape
+from retort.cache.mamba_anchors import GRID
 from retort.errors import ConfigurationError, RewindError
 from retort.models.mamba_passes import StatePass
 from retort.ops import reference
@@ -76,8 +77,8 @@ def part(row, start, stop=None):
 
 def check_slots(cache):
     """Every slot is free or belongs to exactly one anchor."""
-    used = [slot for a in cache._anchors.values() for slot in a.values() if slot >= 0]
-    assert sorted([*used, *cache._free]) == list(range(cache.states.shape[1]))
+    used = [slot for a in cache.anchors.slots.values() for slot in a.values() if slot >= 0]
+    assert sorted([*used, *cache.anchors.free]) == list(range(cache.states.shape[1]))
 
 
 @pytest.mark.parametrize("tape", ["draft", "completion"])
@@ -155,7 +156,7 @@ def test_completion_tape_reaches_every_length():
         got = feed(cache, {0: part(row, length)})[0]
         torch.testing.assert_close(got, expected(row)[length:], atol=1e-12, rtol=0)
         check_slots(cache)
-    assert len(cache._anchors[0]) <= 180 // GRID + 5
+    assert len(cache.anchors.slots[0]) <= 180 // GRID + 5
 
 
 def test_draft_tape_is_bounded_and_names_the_earliest_length():

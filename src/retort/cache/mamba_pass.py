@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retort.cache.mamba_anchors import EMPTY, Anchors
+from retort.cache.pool import index
+from retort.cache.rows import PackedRows
+from retort.cache.tape import Tape
 from retort.ops.segments import Piece, Span
 
 
@@ -29,9 +33,8 @@ class Places:
         """The tokens of a piece, numbered from 0, and their places; the same for all layers."""
         if piece.begin not in self._within:
             part = slice(bisect_left(self.tokens, piece.begin), bisect_left(self.tokens, piece.end))
-            tokens = torch.tensor(self.tokens[part], dtype=torch.long, device=self._device)
-            places = torch.tensor(self.places[part], dtype=torch.long, device=self._device)
-            places = places.view(len(tokens), self._width)
+            tokens = index(self.tokens[part], self._device)
+            places = index(self.places[part], self._device).view(len(tokens), self._width)
             self._within[piece.begin] = (tokens - piece.begin, places.unbind(1))
         return self._within[piece.begin]
 
@@ -56,3 +59,60 @@ class MambaPassPlan:
     history: tuple[Tensor, Tensor, Tensor | None]
     kept: Places
     taped: Places
+
+    @classmethod
+    def of(
+        cls, layout: PackedRows, anchors: Anchors, tape: Tape, page: int, kernel: int
+    ) -> MambaPassPlan:
+        """Plan for a layout with at least one row; slots and pages that it needs are reserved.
+
+        Args:
+            layout: the pass.
+            anchors, tape: of all rows; every row has a state at its start.
+            page: tokens in a page of the tape.
+            kernel: K.
+        """
+        planned: dict[int, dict[int, int]] = {}
+        device = tape.keys.device
+        kept, taped = Places(1, device), Places(2, device)
+        parts = zip(layout.rows, layout.starts, layout.counts, layout.offsets[:-1], strict=True)
+        for row, start, count, offset in parts:
+            planned[row] = anchors.after(row, start, start + count)
+            for place in sorted(end for end in planned[row] if end > start):
+                kept.add(offset + place - start - 1, planned[row][place])
+            for place in range(max(start, first_taped(planned[row], kernel)), start + count):
+                number = tape.reserve(row, place // page)
+                taped.add(offset + place - start, number, place % page)
+        starts = zip(layout.rows, layout.starts, strict=True)
+        heads = [anchors.slots[row][start] for row, start in starts]
+        resumed = [i for i, slot in enumerate(heads) if slot != EMPTY]
+        return cls(
+            anchors=planned,
+            fresh=[place[0] for place in kept.places],
+            resumed=(resumed, index([heads[i] for i in resumed], device)),
+            history=_history(layout, tape, page, kernel - 1),
+            kept=kept,
+            taped=taped,
+        )
+
+
+def first_taped(anchors: dict[int, int], kernel: int) -> int:
+    """The first token of a row that a replay from its oldest anchor reads."""
+    return max(0, min(anchors) - kernel + 1)
+
+
+def _history(
+    layout: PackedRows, tape: Tape, page: int, width: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    device = tape.keys.device
+    spans = [range(start - width, start) for start in layout.starts]
+    places = index([place for span in spans for place in span], device)
+    places = places.view(len(spans), width)
+    pages = [
+        (tape.find(row, place // page) or 0) if place >= 0 else 0
+        for row, span in zip(layout.rows, spans, strict=True)
+        for place in span
+    ]
+    young = min(layout.starts) < width
+    valid = (places >= 0).unsqueeze(-1) if young else None
+    return index(pages, device).view_as(places), places % page, valid

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,6 @@ from torch import Tensor
 from retort.cache.rows import RowCache
 from retort.errors import ConfigurationError, RewindError
 from retort.ops import native
-
-TapeKind = Literal["draft", "completion"]
-
-
-def check_tape(tape: str, max_draft: int, block: int) -> None:
-    """Refuse an unknown kind of tape, and sizes that hold nothing."""
-    if tape not in ("draft", "completion") or max_draft < 0 or block < 1:
-        raise ConfigurationError(
-            f"a tape is 'draft' or 'completion', max_draft at least 0 and block at least 1: "
-            f"{tape=}, {max_draft=}, {block=}"
-        )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from retort.cache.pool import grown, index
 
 
 class Pages(NamedTuple):
@@ -66,7 +67,7 @@ class Tape:
     def copy_out(self, row: int) -> Pages:
         """Copies of all that ``row`` has on tape."""
         table = self._table[row]
-        numbers = torch.tensor(list(table.values()), dtype=torch.long, device=self.keys.device)
+        numbers = index(list(table.values()), self.keys.device)
         return Pages(tuple(table), self.keys[:, numbers], self.values[:, numbers])
 
     def copy_in(self, row: int, pages: Pages) -> None:
@@ -87,8 +88,7 @@ class Tape:
     def select(self, order: Sequence[int]) -> None:
         """Row i becomes a copy of row ``order[i]``; the pool shrinks to what they use."""
         tables = [self._table[row] for row in order]
-        used = torch.tensor([p for t in tables for p in t.values()], dtype=torch.long)
-        used = used.to(self.keys.device)
+        used = index([p for t in tables for p in t.values()], self.keys.device)
         self.keys, self.values = self.keys[:, used], self.values[:, used]
         numbers = iter(range(len(used)))
         self._table = {i: {b: next(numbers) for b in t} for i, t in enumerate(tables)}
@@ -99,11 +99,3 @@ class Tape:
         new = max(4, 2 * old)
         self.keys, self.values = grown(self.keys, new), grown(self.values, new)
         self._free += range(old, new)
-
-
-@torch.inference_mode(False)
-def grown(x: Tensor, size: int) -> Tensor:
-    """``x`` with room for ``size`` entries in dim 1, usable in and out of inference mode."""
-    larger = torch.zeros(x.shape[0], size, *x.shape[2:], dtype=x.dtype, device=x.device)
-    larger[:, : x.shape[1]] = x
-    return larger

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from retort.cache.recurrent import RecurrentRowCache, TapeKind
+from retort.cache.recurrent import RecurrentRowCache
+from retort.cache.taped import TapeKind
 from retort.errors import ConfigurationError
 
 logger = logging.get_logger(__name__)
