@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from retort.cli import run as command
 from retort.disk import writing
-from retort.distill.capture import PROGRESS, PROVENANCE
+from retort.distill.capture_folder import PROGRESS, PROVENANCE
 from retort.distill.run import run
 from retort.errors import ConfigurationError
 from retort.manifest import STAMP
@@ -112,7 +112,7 @@ def test_a_capture_on_a_full_disk(parts, tmp_path):
         ["capture", str(parts / "model"), str(parts / "rows.jsonl"), str(folder), *SHARDS]
         for folder in folders
     )
-    line = on_a_full_disk(("retort.distill.capture", "_write_shard", 3), 2000, *full)
+    line = on_a_full_disk(("retort.distill.capture_folder", "_write_shard", 3), 2000, *full)
     assert f"{folders[0]} could not be written (File too large)" in line
     before = contents(folders[0])
     shards = {name for name in before if name.startswith("shard")}

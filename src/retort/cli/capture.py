@@ -71,8 +71,9 @@ def capture(
     """
     keywords = _keywords(model_init_kwargs)
     from retort.decode.support import max_length as context_of
-    from retort.distill.capture import CaptureSettings, check_folder
     from retort.distill.capture import capture as run
+    from retort.distill.capture import check_folder
+    from retort.distill.capture_facts import CaptureSettings
     from retort.distill.data import Encoding, end_tokens, load_rows, tokenize
     from retort.models import zoo
 

@@ -15,7 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from retort.distill.capture import DIGEST_BYTES, FORMAT, PROGRESS, id_type
+from retort.distill.capture import id_type
+from retort.distill.capture_facts import DIGEST_BYTES, FORMAT
+from retort.distill.capture_folder import PROGRESS
 from retort.errors import ConfigurationError
 from retort.manifest import MANIFEST, first_fault, read_manifest
 

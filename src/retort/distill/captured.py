@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retort.distill.batch import Batch, sequence_slices
-from retort.distill.capture import Rows, data_hash, digest
+from retort.distill.capture_facts import Rows, data_hash, digest
 from retort.distill.capture_files import open_capture
 from retort.distill.config import DistillConfig
 from retort.distill.losses import IGNORED

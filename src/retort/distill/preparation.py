@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retort.distill.capture import data_hash
+from retort.distill.capture_facts import data_hash
 from retort.distill.captured import Capture, checked_capture
 from retort.distill.config import DistillConfig, fixed_choices
 from retort.distill.data import Encoding, end_tokens, tokenize
