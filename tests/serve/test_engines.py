@@ -73,7 +73,7 @@ def test_a_long_prompt_does_not_hold_up_others(folder):
             reading = any(not r.decoding for r in engine.scheduler.running)
             finished = step()
             if reading:
-                gains.extend(len(engine._requests[i].tokens) - n for i, n in rows.items())
+                gains.extend(len(engine._roster.requests[i].tokens) - n for i, n in rows.items())
             return finished
 
         engine.step = watch

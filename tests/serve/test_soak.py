@@ -64,7 +64,7 @@ def soak(folder, seconds: float, rounds: int) -> None:
         assert all(now <= then + 2 for now, then in zip(after, before, strict=True))
         assert resident() - memory < 48 * 2**20
         assert served.state["client"]._live == {} and served.worker._rows == {}
-        assert served.engine._requests == {} and served.engine.target.cache.rows == ()
+        assert served.engine._roster.requests == {} and served.engine.target.cache.rows == ()
 
 
 def test_s18_nothing_grows(folder):

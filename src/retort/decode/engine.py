@@ -1,7 +1,7 @@
 """The engine: many requests decode together, each row on its own clock.
 
-Here is what callers see; a step is in `retort.decode.step`, rows come and go in
-`retort.decode.seats`.
+Here is what callers see; a step is in `retort.decode.step`, requests end in
+`retort.decode.roster`, their rows come and go in `retort.decode.seats`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from typing import Any
 from retort.decode.admission import Admission, Prompt, check_params, check_row, is_single
 from retort.decode.budget import build_budget
 from retort.decode.drafting import DEFAULT, Drafting
-from retort.decode.outputs import chunk, output
+from retort.decode.outputs import chunk
 from retort.decode.pace import PrefillPace
 from retort.decode.packed import PackedModel
 from retort.decode.prefixes import PrefixCache
 from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
+from retort.decode.roster import Roster
 from retort.decode.scheduler import Scheduler
 from retort.decode.stats import EngineStats
 from retort.decode.step import Step
 from retort.decode.support import check_supported
 from retort.decode.verify import RULES
-from retort.errors import ConfigurationError, RetortError
+from retort.errors import ConfigurationError
 
 
 class Engine:
@@ -106,10 +107,9 @@ class Engine:
         self._step = Step(
             self.target, self.scheduler, self.drafting, self.prefixes, pace, verification
         )
-        self._requests: dict[str, Request] = {}
-        self._finished: list[RequestOutput] = []
-        self._leaving: dict[str, Request] = {}  # aborted by a function that a pass called
-        self._in_pass = False
+        self._roster = Roster(
+            self._step, self.target, self.scheduler, self.prefixes, self._admission, debug
+        )
         self._count = 0
 
     @classmethod
@@ -155,11 +155,11 @@ class Engine:
         """
         ids = self._add_all(prompts, sampling, drafter)
         for rid in ids:
-            self._requests[rid].together = True
+            self._roster.requests[rid].together = True
         outputs: dict[str, RequestOutput] = {}
         try:
             while len(outputs) < len(ids):
-                outputs |= {o.request_id: o for o in self._advance(ids)}
+                outputs |= {o.request_id: o for o in self._roster.advance(ids)}
         finally:
             self._abandon(ids)
         return [outputs[i] for i in ids]
@@ -172,12 +172,12 @@ class Engine:
         A chunk's index is the place of its output in what `generate` would return.
         """
         ids = self._add_all(prompts, sampling, drafter)
-        sent = {rid: len(self._requests[rid].prompt) for rid in ids}
+        sent = {rid: len(self._roster.requests[rid].prompt) for rid in ids}
         order = {rid: index for index, rid in enumerate(ids)}
-        live = [self._requests[rid] for rid in ids]
+        live = [self._roster.requests[rid] for rid in ids]
         try:
             while live:
-                self._advance(ids)
+                self._roster.advance(ids)
                 yield from (c for r in live if (c := chunk(r, order[r.id], sent)) is not None)
                 live = [r for r in live if r.finish_reason is None]
         finally:
@@ -208,7 +208,7 @@ class Engine:
                 argument of the wrong kind, which is named.
         """
         request_id = f"request-{self._count}" if request_id is None else request_id
-        if request_id in self._requests:
+        if request_id in self._roster.requests:
             raise ConfigurationError(f"request id {request_id!r} is already in use")
         check_row(sample, prefix_group)
         params = SamplingParams() if params is None else params
@@ -216,23 +216,23 @@ class Engine:
         request.drafter, request.sample = self.drafting.resolve(drafter), sample
         request.prefix_group = prefix_group
         self.scheduler.check(request_id, request.limit)
-        self._requests[request_id] = request
+        self._roster.requests[request_id] = request
         self._count += 1
         self.scheduler.add(request)
         return request_id
 
     def has_unfinished(self) -> bool:
         """Whether a step has work to do."""
-        return bool(self._finished) or not self.scheduler.idle
+        return bool(self._roster.finished) or not self.scheduler.idle
 
     def step(self) -> list[RequestOutput]:
         """Advance every row in work by one pass and return the requests that finished.
 
         Requests that finished while `generate` or `stream` was at work are returned here too.
         """
-        if not self.scheduler.idle or not self._finished:
-            self._pass()
-        finished, self._finished = self._finished, []
+        if not self.scheduler.idle or not self._roster.finished:
+            self._roster.run_pass()
+        finished, self._roster.finished = self._roster.finished, []
         return finished
 
     def rewind(
@@ -254,7 +254,7 @@ class Engine:
                 tokens that the model cannot read; the request stays as it was.
             RewindError: a recurrent row whose tape does not reach back that far.
         """
-        request = self._held(request_id)
+        request = self._roster.held(request_id)
         append = self._admission.continuation(length, append, max_new_tokens)
         limit = request.limit if max_new_tokens is None else length + len(append) + max_new_tokens
         self.scheduler.check(request_id, limit)
@@ -267,19 +267,19 @@ class Engine:
 
     def release(self, request_id: str) -> None:
         """Let a held row go."""
-        request = self._known(request_id)
+        request = self._roster.known(request_id)
         if request.finish_reason is None:
             self.abort(request_id)
         else:
-            self._free(request)
+            self._roster.free(request)
 
     def request(self, request_id: str) -> Request:
         """The live state of a request; what it says stays readable after the request finished."""
-        return self._known(request_id)
+        return self._roster.known(request_id)
 
     def row(self, request_id: str) -> int:
         """The row of `target` that holds a request, e.g. to score its text where it lies."""
-        return self._known(request_id).row
+        return self._roster.known(request_id).row
 
     def abort(self, request_id: str) -> RequestOutput:
         """Stop a request now and return what it has.
@@ -287,13 +287,7 @@ class Engine:
         A function that is called within a pass, such as a stopping criterion, may ask for it, too:
         the request then leaves after the pass, and `step` or `generate` return it like any other.
         """
-        request = self._known(request_id)
-        request.finish_reason = request.finish_reason or "abort"
-        if not self._in_pass:
-            return self._finish(request, hold=False)
-        request.hold = False
-        self._leaving[request_id] = request
-        return output(request, self._admission.text(request))
+        return self._roster.abort(request_id)
 
     def check(self) -> None:
         """Check the caches' integrity between passes.
@@ -301,15 +295,12 @@ class Engine:
         Raises:
             RetortError: a cache holds what it should not; that is a fault of Retort.
         """
-        self.target.cache.check()
-        rows = sorted(r.row for r in self._requests.values() if r.row >= 0)
-        if rows != list(self.target.cache.rows):
-            raise RetortError(f"the cache holds rows {self.target.cache.rows}, requests {rows}")
+        self._roster.check()
 
     def close(self) -> None:
         """Let every row go; the model is as it was given."""
-        for request in list(self._requests.values()):
-            self._free(request)
+        for request in list(self._roster.requests.values()):
+            self._roster.free(request)
         self.target.close()
         self.drafting.close()
 
@@ -320,31 +311,6 @@ class Engine:
         self.close()
 
     # Details
-    def _pass(self) -> None:
-        """One step; what finishes is handed out by `step`."""
-        self._in_pass = True
-        try:
-            self._step.run()
-        finally:
-            self._in_pass = False
-        self._finished += self._retire()
-
-    def _advance(self, ids: Sequence[str]) -> list[RequestOutput]:
-        """One pass; the outputs of ``ids`` that finished, the others wait for `step`."""
-        self._pass()
-        mine = [o for o in self._finished if o.request_id in ids]
-        self._finished = [o for o in self._finished if o.request_id not in ids]
-        return mine
-
-    def _retire(self) -> list[RequestOutput]:
-        done = {r.id: r for r in self.scheduler.running if r.finish_reason is not None}
-        outputs = [self._finish(r, hold=r.hold) for r in (done | self._leaving).values()]
-        if self.debug:
-            self.target.cache.poison()
-            if self.scheduler.idle:
-                self.check()
-        return outputs
-
     def _build_target(self, **options: Any) -> PackedModel:
         return PackedModel(self.model, max_draft=max(self.budget.max_draft, 1), **options)
 
@@ -363,34 +329,5 @@ class Engine:
 
     def _abandon(self, ids: Sequence[str]) -> None:
         for rid in ids:
-            if rid in self._requests:
+            if rid in self._roster.requests:
                 self.abort(rid)
-
-    def _known(self, request_id: str) -> Request:
-        if request_id not in self._requests:
-            raise ConfigurationError(f"no request {request_id!r}; it is finished or never was")
-        return self._requests[request_id]
-
-    def _held(self, request_id: str) -> Request:
-        request = self._known(request_id)
-        if not request.hold or request.finish_reason is None or request.row < 0:
-            raise ConfigurationError(
-                f"{request_id} cannot be rewound: only a finished request that was added with "
-                "hold=True can"
-            )
-        return request
-
-    def _finish(self, request: Request, hold: bool) -> RequestOutput:
-        self.scheduler.remove(request)
-        finished = output(request, self._admission.text(request))
-        if not hold:
-            if request.row >= 0 and request.error is None:
-                self.prefixes.keep_finished(request)
-            self._free(request)
-        return finished
-
-    def _free(self, request: Request) -> None:
-        self.scheduler.remove(request)
-        self._requests.pop(request.id)
-        self._leaving.pop(request.id, None)
-        self._step.seats.free(request)
