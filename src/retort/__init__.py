@@ -14,7 +14,8 @@ from retort import registry
 if TYPE_CHECKING:
     from retort.decode.engine import Engine
     from retort.decode.hf import speculative
-    from retort.decode.request import RequestOutput, SamplingParams
+    from retort.decode.params import SamplingParams
+    from retort.decode.request import RequestOutput
     from retort.distill.config import DistillConfig
     from retort.distill.trainer import DistillTrainer
     from retort.models.dense_mamba import (
@@ -39,7 +40,7 @@ _EXPORTS = {
     "DistillTrainer": "retort.distill.trainer",
     "Engine": "retort.decode.engine",
     "RequestOutput": "retort.decode.request",
-    "SamplingParams": "retort.decode.request",
+    "SamplingParams": "retort.decode.params",
     "speculative": "retort.decode.hf",
 }
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from retort.decode.request import RequestOutput, SamplingParams
+from retort.decode.params import SamplingParams
+from retort.decode.request import RequestOutput
 from retort.errors import ConfigurationError
 
 Prompt = str | list[int] | list[dict[str, Any]]

@@ -51,7 +51,7 @@ def _run(
 ) -> None:
     from retort.batch.rows import Reader
     from retort.batch.runner import Runner
-    from retort.decode.request import SamplingParams
+    from retort.decode.params import SamplingParams
 
     batch = _openai(engine, given["model"])
     suffix = (given["prompts_file"] or _STDIN).suffix

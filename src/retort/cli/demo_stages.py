@@ -278,7 +278,7 @@ class Demo:
         return rows
 
     def _params(self, tokens: int) -> Any:
-        from retort.decode.request import SamplingParams
+        from retort.decode.params import SamplingParams
 
         return SamplingParams(max_new_tokens=tokens)
 

@@ -15,7 +15,8 @@ from retort.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from retort.decode.engine import Engine
-    from retort.decode.request import RequestOutput, SamplingParams
+    from retort.decode.params import SamplingParams
+    from retort.decode.request import RequestOutput
 
 _RESUME = ("chat", "max_new_tokens", "dtype")  # what changes rows, beside the model's files
 
@@ -100,7 +101,7 @@ def _to_terminal(given: dict[str, Any], options: dict[str, Any]) -> None:
     prompts = _collect(given["prompt"] or [], given["prompts_file"], given["chat"])
     say(f"Loading {given['model']}")
     from retort.decode.engine import Engine
-    from retort.decode.request import SamplingParams
+    from retort.decode.params import SamplingParams
 
     with Engine.from_pretrained(given["model"], **options) as engine:
         params = SamplingParams(max_new_tokens=given["max_new_tokens"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from retort.decode.request import Request, SamplingParams
+from retort.decode.params import SamplingParams
+from retort.decode.request import Request
 from retort.decode.stopping import TextBuffer
 from retort.decode.support import max_length
 from retort.errors import ConfigurationError

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retort.decode.params import SamplingParams
 from retort.decode.processors import adjust, is_plain
-from retort.decode.request import SamplingParams
 from retort.decode.sampling import TOKEN, draw, wrap
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from retort.decode.request import Request, SamplingParams
+from retort.decode.params import SamplingParams
+from retort.decode.request import Request
 from retort.decode.sampling import stream_key
 
 

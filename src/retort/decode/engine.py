@@ -15,8 +15,9 @@ from retort.decode.drafting import DEFAULT, Drafting
 from retort.decode.outputs import chunk
 from retort.decode.pace import PrefillPace
 from retort.decode.packed import PackedModel
+from retort.decode.params import SamplingParams
 from retort.decode.prefixes import PrefixCache
-from retort.decode.request import Chunk, Request, RequestOutput, SamplingParams
+from retort.decode.request import Chunk, Request, RequestOutput
 from retort.decode.roster import Roster
 from retort.decode.scheduler import Scheduler
 from retort.decode.stats import EngineStats

@@ -20,7 +20,8 @@ from torch import Tensor
 from retort.decode.engine import Engine
 from retort.decode.hf_rows import Processors, RowProcessors, split_criteria
 from retort.decode.outputs import require_whole
-from retort.decode.request import Request, RequestOutput, SamplingParams
+from retort.decode.params import SamplingParams
+from retort.decode.request import Request, RequestOutput
 from retort.errors import ConfigurationError
 
 _REFUSED = {

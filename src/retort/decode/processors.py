@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 
 _NUCLEUS = 256  # tokens sorted first; nearly always enough, and far cheaper than a whole sort
 

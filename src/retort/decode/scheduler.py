@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-from retort.decode.request import Request, SamplingParams
+from retort.decode.params import SamplingParams
+from retort.decode.request import Request
 from retort.errors import ConfigurationError
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from retort.decode.request import RequestStats, SamplingParams
+from retort.decode.params import SamplingParams
+from retort.decode.request import RequestStats
 
 _LENGTH = struct.Struct(">I")
 Entry = dict[int, float]

@@ -37,7 +37,7 @@ from retort.serve.rows import Row
 
 if TYPE_CHECKING:
     from retort.decode.engine import Engine
-    from retort.decode.request import SamplingParams
+    from retort.decode.params import SamplingParams
 
 log = logging.getLogger("retort.serve.worker")
 

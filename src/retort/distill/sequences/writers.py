@@ -9,7 +9,7 @@ from typing import Any
 from retort.decode.engine import Engine
 from retort.decode.outputs import require_whole
 from retort.decode.packed import PackedModel
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from retort.distill.sequences.interleave import BLOCK, Interleaver
 from retort.distill.sequences.scrg import Correction, Counts, Reviser, Text
 from retort.errors import ConfigurationError
