@@ -7,16 +7,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from retort.cli.demo_records import decoding_line, decoding_row, read_rows, write_report, write_rows
 from retort.cli.generate import complete
 from retort.cli.output import say
 from retort.errors import ConfigurationError
-from retort.provenance import Provenance, write_json, write_whole
+from retort.provenance import write_json
 
 LOOKUP = "prompt-lookup"
 
@@ -168,7 +169,7 @@ class Demo:
             for split, count in counts.items():
                 chats = self.chats(split, count)
                 outputs = complete(engine, chats, self._params(self.size.answer_tokens))
-                self._write_rows(split, chats, outputs)
+                write_rows(self.folder, split, chats, outputs)
         return counts
 
     def judged(self) -> dict:
@@ -178,7 +179,7 @@ class Demo:
         from retort.evaluate.perplexity import completion_perplexity
         from retort.evaluate.rouge import rouge_l_scores
 
-        student, rows = self.student(), self._rows("dev")
+        student, rows = self.student(), read_rows(self.folder, "dev")
         examples = [(row["prompt_ids"], row["completion_ids"]) for row in rows]
         with Engine(student, self.tokenizer) as engine:
             outputs = complete(
@@ -210,23 +211,8 @@ class Demo:
 
     def report(self) -> Path:
         """All records on one page."""
-        from retort.report import DecodingRow, build, load, save
-        from retort.report.records import Heading
-
-        records = replace(
-            load(self.student_folder),
-            decoding=[DecodingRow(**row) for row in self._stored("drafting")],
-            evaluation=self._evaluation(),
-            samples=self._samples(),
-            provenance=Provenance.collect(self.settings, {"seed": self.distill_config().seed}),
-            heading=Heading(
-                "Retort demo",
-                f"{self.model_name} decoded plainly, padded and unpadded; a DenseRetNet student "
-                "distilled from it with semantic revision; and the student as its drafter.",
-            ),
-        )
-        save(self.folder, records)
-        return build(self.folder)
+        seed = self.distill_config().seed
+        return write_report(self.folder, self.student_folder, self.settings, seed)
 
     # Details
     def distill_config(self) -> Any:
@@ -272,64 +258,15 @@ class Demo:
                 runs[name] = engine_arm(stack.enter_context(engine))
             how = {"warmup": 0, "batch_size": min(len(prompts), 8)}
             results = compare(runs, prompts, self.size.decode_tokens, rounds, **how)
-            rows = [_row(result) for result in results]
+            rows = [decoding_row(result) for result in results]
         for row in rows:
-            say(_arm_line(row))
+            say(decoding_line(row))
         return rows
 
     def _params(self, tokens: int) -> Any:
         from retort.decode.params import SamplingParams
 
         return SamplingParams(max_new_tokens=tokens)
-
-    def _write_rows(self, split: str, chats: list, outputs: list) -> None:
-        rows = [
-            {
-                "prompt": chat,
-                "completion": [{"role": "assistant", "content": output.text}],
-                "text": output.text,
-                "prompt_ids": output.prompt_token_ids,
-                "completion_ids": output.token_ids,
-            }
-            for chat, output in zip(chats, outputs, strict=True)
-        ]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_whole(self.folder / f"{split}.jsonl", lambda file: file.writelines(lines))
-
-    def _rows(self, split: str) -> list[dict]:
-        text = (self.folder / f"{split}.jsonl").read_text("utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-
-    def _stored(self, name: str) -> Any:
-        return json.loads((self.folder / f"{name}.stage.json").read_text("utf-8"))
-
-    def _evaluation(self) -> list:
-        from retort.evaluate.significance import paired_bootstrap
-        from retort.report import EvaluationRow
-
-        before, after = self._stored("before"), self._stored("after")
-        change = paired_bootstrap(before["rouge_l"], after["rouge_l"])
-        first, last = (sum(x["rouge_l"]) / len(x["rouge_l"]) for x in (before, after))
-        return [
-            EvaluationRow("rouge_l", first, last, low=change.low, high=change.high),
-            EvaluationRow("acceptance", before["acceptance"], after["acceptance"]),
-            EvaluationRow(
-                "negative log-likelihood",
-                before["nll"],
-                after["nll"],
-                higher_is_better=False,
-                note="a token of the teacher's answers, in nats",
-            ),
-        ]
-
-    def _samples(self) -> list:
-        from retort.report import Sample
-
-        before, after = self._stored("before")["texts"], self._stored("after")["texts"]
-        return [
-            Sample(row["prompt"][0]["content"], row["text"], old, new)
-            for row, old, new in zip(self._rows("dev"), before, after, strict=True)
-        ][:6]
 
 
 def _lookup_arms() -> dict[str, dict]:
@@ -339,30 +276,3 @@ def _lookup_arms() -> dict[str, dict]:
         "unpadded (prompt lookup, 7 drafts)": {"drafter": LOOKUP, "draft_budget": 7},
         "unpadded (prompt lookup, automatic budget)": {"drafter": LOOKUP},
     }
-
-
-def _row(result: Any) -> dict:
-    """An `ArmResult` as the report's `DecodingRow`."""
-    rows = max(result.row_steps, 1)
-    return {
-        "arm": result.arm,
-        "batch_size": result.batch_size,
-        "tokens": result.tokens,
-        "seconds": result.tokens / result.tokens_per_second,
-        "tokens_per_second": result.tokens_per_second,
-        "tokens_per_step": result.tokens_per_step,
-        "padding_share": result.padding_share,
-        "outputs_equal": result.equal_to_plain,
-        "draft_tokens": result.draft_tokens,
-        "accepted_tokens": result.accepted_tokens,
-        "mean_draft_length": result.draft_tokens / rows,
-    }
-
-
-def _arm_line(row: dict) -> str:
-    equal = "yes" if row["outputs_equal"] else "NO"
-    return (
-        f"      {row['arm']:44} {row['tokens_per_second']:7.1f} tokens/s  "
-        f"{row['tokens_per_step']:.2f} tokens a step  {row['padding_share']:4.0%} padding  "
-        f"equal: {equal}"
-    )
