@@ -1,42 +1,14 @@
-"""The trainer: terms, normalisation, sources, log, evaluation and its refusals."""
-
-import json
+"""The trainer: the papers' losses, normalised alike whatever the batch, and the models it takes."""
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
-from retort import report
 from retort.distill.builders import dense_retnet_student
 from retort.distill.hidden import HeadlessModel
 from retort.distill.losses import IGNORED
 from retort.distill.presets import PRESETS
-from retort.distill.sequences.replay import ReplayBuffer
-from retort.distill.sequences.sources import Sources
-from retort.errors import ConfigurationError, RetortError
 from tests.decode.toys import toy
-from tests.distill.toys import (
-    FULL_BUFFER,
-    ROWS,
-    config,
-    llama,
-    record_accepted,
-    record_texts,
-    tokenizer,
-    trainer,
-    weights,
-)
-
-
-def logged(folder):
-    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
-
-
-def first_batch(run, index=0):
-    """One batch of the data loader, as the student's step would see it."""
-    batches = iter(run.get_train_dataloader())
-    window, _ = run.get_batch_samples(batches, 1, run.args.device)
-    return window[0]
+from tests.distill.toys import FULL_BUFFER, ROWS, first_batch, llama, logged, trainer, weights
 
 
 def logits(model, batch):
@@ -44,9 +16,6 @@ def logits(model, batch):
         return model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits.double()
-
-
-# Losses
 
 
 @pytest.mark.parametrize("method", ["sft", "kd"])
@@ -137,9 +106,6 @@ def test_training_brings_the_student_closer_to_its_teacher(tmp_path):
     assert after["eval_acceptance"] > before["eval_acceptance"]
 
 
-# Models
-
-
 def test_a_dense_retnet_student_trains_by_mgsr(tmp_path):
     teacher = llama(1)
     torch.manual_seed(0)
@@ -192,199 +158,3 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
     )
     kept = trainer(tmp_path, llama(2, attention_dropout=0.5), disable_dropout=False)
     assert kept.model.model.layers[0].self_attn.attention_dropout == 0.5
-
-
-# Sources
-
-
-def test_lmbda_is_the_share_that_the_student_writes(tmp_path):
-    chosen = Sources(recipe("kd", lmbda=0.3), None, seed=5)
-    import random
-
-    drawn = [chosen._choose(random.Random(f"{step}")) for step in range(2000)]
-    assert drawn.count("student") / len(drawn) == pytest.approx(0.3, abs=0.04)
-    assert set(drawn) == {"student", "dataset"}
-
-
-def test_the_choice_depends_on_seed_step_and_row_alone(tmp_path):
-    mixed = {"method": "kd", "lmbda": 0.5, "per_device_train_batch_size": 8}
-    runs = [trainer(tmp_path, seed=seed, **mixed) for seed in (1, 1, 2)]
-    torch.rand(3)  # other users of randomness do not matter
-    batches = [first_batch(run) for run in runs]
-    assert torch.equal(batches[0]["targets"], batches[1]["targets"])
-    sources = [run.meter.sums["source/student"] for run in runs]
-    assert 0 < sources[0] < 8
-
-
-def test_replay_uses_what_the_student_wrote_before(tmp_path):
-    run = trainer(tmp_path, method="rkl", replay_buffer_size=100, replay_share=0.7, max_steps=6)
-    run.train()
-    shares = [r.get("source/replay", 0) for r in logged(tmp_path)]
-    assert shares[0] == 0 and max(shares) > 0
-    assert len(run.rollouts.sources.buffer) == sum(
-        r.get("rollout/texts", 0) for r in logged(tmp_path)
-    )
-
-
-def test_a_full_buffer_forgets_the_oldest():
-    buffer = ReplayBuffer(2)
-    for n in range(5):
-        buffer.add([n], [n])
-    assert buffer.state_dict()["pairs"] == [[[3], [3]], [[4], [4]]]
-
-
-def test_revision_starts_after_the_warm_up(tmp_path):
-    run = trainer(tmp_path, scrg_warmup_steps=2)
-    run.train()
-    corrected = [r.get("scrg/corrected", 0) for r in logged(tmp_path) if "loss" in r]
-    assert corrected[:2] == [0, 0] and min(corrected[2:]) > 0
-
-
-@pytest.mark.parametrize("choices", [{"rollout_temperature": 0.05}, {"do_sample": False}])
-def test_drafts_do_not_change_what_the_student_writes(tmp_path, monkeypatch, choices):
-    """Every token of every step, drawn or likeliest, and so every weight, to the bit."""
-    texts, accepted = record_texts(monkeypatch), record_accepted(monkeypatch)
-    ends, sizes = [], {"max_completion_length": 32, "max_length": 128}
-    for drafter in ("none", "prompt-lookup"):
-        made = {"method": "rkl", "rollout_drafter": drafter, **sizes, **choices}
-        run = trainer(tmp_path / drafter, **made)
-        run.train()
-        ends.append(weights(run.model))
-        assert bool(accepted) == (drafter != "none")
-    assert texts[:4] == texts[4:] and len(texts) == 8 and all(map(len, texts))
-    assert sum(accepted) > 0
-    for name, value in ends[0].items():
-        assert torch.equal(value, ends[1][name]), name
-
-
-# Records
-
-
-def test_every_promised_name_is_logged_and_the_report_reads_it(tmp_path):
-    run = trainer(tmp_path, eval_dataset=ROWS[:3], eval_strategy="steps", eval_steps=2)
-    run.train()
-    record = [r for r in logged(tmp_path) if "loss" in r][-1]
-    names = [
-        "sft",
-        "dac",
-        "acceptance",
-        "span/pairs",
-        "source/student",
-        "dac/dual",
-        "rollout/tokens",
-    ]
-    names += ["time/rollout", "time/teacher", "time/train"]
-    names += [f"dac/{n}" for n in ("coverage", "width", "lower", "upper", "hidden_share")]
-    names += ["scrg/corrected", "scrg/regenerated_tokens", "scrg/share_without_error"]
-    names += ["scrg/nll_before", "scrg/nll_after", "scrg/nll_change", "scrg/nll_change_low"]
-    assert set(names) <= set(record)
-    assert record["dac/upper"] - record["dac/lower"] == pytest.approx(record["dac/width"])
-    assert (
-        record["scrg/per_1000_tokens"]
-        == 1000 * record["scrg/corrected"] / (record["rollout/tokens"])
-    )
-    assert any("span" in r for r in logged(tmp_path))
-    held_out = next(r for r in logged(tmp_path) if "eval_loss" in r)
-    assert {"eval_sft", "eval_dac", "eval_acceptance"} <= set(held_out)
-    records = report.load(tmp_path)
-    assert len(records.corrections) == sum(r.get("scrg/corrected", 0) for r in logged(tmp_path))
-    assert records.provenance.arguments["method"] == "mgsr"
-    assert any(correction.regenerated for correction in records.corrections)
-
-
-def test_evaluation_weighs_tokens_and_not_batches(tmp_path):
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "c" * 40}]
-    ends = [
-        trainer(tmp_path, method="sft", eval_dataset=rows, per_device_eval_batch_size=n).evaluate()
-        for n in (1, 2)
-    ]
-    assert ends[0]["eval_sft"] == pytest.approx(ends[1]["eval_sft"], rel=1e-5)
-    assert ends[0]["eval_loss"] == ends[0]["eval_sft"]
-
-
-def test_acceptance_is_evaluated_for_sft_too_where_a_teacher_is_given(tmp_path):
-    run = trainer(tmp_path, method="sft", eval_dataset=ROWS)
-    assert 0 < run.evaluate()["eval_acceptance"] < 1
-
-
-def test_several_evaluation_sets_are_named(tmp_path):
-    sets = {"short": ROWS[:2], "long": ROWS[2:]}
-    run = trainer(tmp_path, method="sft", eval_dataset=sets)
-    assert {"eval_short_sft", "eval_long_sft"} <= set(run.evaluate())
-
-
-def test_phases_are_timed_and_take_no_longer_than_the_run(tmp_path):
-    run = trainer(tmp_path)
-    ended = run.train()
-    spent = sum(v for r in logged(tmp_path) for k, v in r.items() if k.startswith("time/"))
-    assert 0 < spent <= ended.metrics["train_runtime"]
-    for record in (r for r in logged(tmp_path) if "loss" in r):
-        assert min(record[f"time/{phase}"] for phase in ("rollout", "teacher", "train")) > 0
-
-
-# Refusals
-
-
-class Poison(TrainerCallback):
-    """Breaks a weight before the third step."""
-
-    def on_step_begin(self, args, state, control, model=None, **_):
-        if state.global_step == 2:
-            with torch.no_grad():
-                model.lm_head.weight[7] = float("nan")
-
-
-def test_a_nan_loss_stops_before_the_optimiser_moves(tmp_path):
-    run = trainer(tmp_path, method="sft", callbacks=[Poison()], save_strategy="steps", save_steps=1)
-    with pytest.raises(RetortError, match=r"'sft' is nan at step 3") as caught:
-        run.train()
-    assert "\n" not in str(caught.value)
-    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
-    assert all(int(s["step"]) == 2 for s in saved["state"].values())
-    states = run.optimizer.state_dict()["state"].values()
-    assert all(int(s["step"]) == 2 for s in states)
-    assert not (tmp_path / "checkpoint-3").exists()
-
-
-def test_a_nan_gradient_stops_before_the_optimiser_moves(tmp_path):
-    run = trainer(tmp_path, method="sft")
-    run.model.lm_head.weight.register_hook(lambda g: g * float("nan"))
-    before = weights(run.model)
-    with pytest.raises(RetortError, match="gradient's norm is nan at step 1"):
-        run.train()
-    for name, value in weights(run.model).items():
-        assert torch.equal(value, before[name])
-
-
-def test_a_method_that_needs_a_teacher_says_so(tmp_path):
-    from retort.distill.trainer import DistillTrainer
-
-    with pytest.raises(ConfigurationError, match="teacher_model_name_or_path"):
-        DistillTrainer(
-            model=llama(2), args=config(tmp_path), train_dataset=ROWS, processing_class=tokenizer()
-        )
-
-
-def test_bad_rows_are_refused_before_training(tmp_path):
-    with pytest.raises(ConfigurationError, match="train_dataset, row 2: column 'completion'"):
-        trainer(tmp_path, rows=[ROWS[0], {"prompt": "a", "completion": ""}])
-
-
-def recipe(method, **changes):
-    from dataclasses import replace
-
-    return replace(PRESETS[method], **changes)
-
-
-@pytest.mark.parametrize("short", ["student", "teacher"])
-def test_a_prompt_beyond_either_models_context_is_refused(tmp_path, short):
-    models = {short: llama(3, max_position_embeddings=16)}
-    rows = [{"prompt": "x" * 20, "completion": "y"}]
-    with pytest.raises(ConfigurationError, match=r"the prompt has 20 tokens .* is 16"):
-        trainer(tmp_path, rows=rows, **models)
-
-
-def test_sequences_stay_within_the_shorter_context(tmp_path):
-    made = trainer(tmp_path, teacher=llama(3, max_position_embeddings=40))
-    assert made.max_length == 40
-    assert made.rollouts.sources.writer.limit([1] * 36) == 4

@@ -139,3 +139,15 @@ def config_of_parts(parts, folder, **changes):
     names = {"model_name_or_path": parts / "model", "dataset_name": parts / "rows.jsonl"}
     values = {"method": "sft", "save_strategy": "steps", "save_steps": 2}
     return config(folder, **{**values, **{k: str(v) for k, v in names.items()}, **changes})
+
+
+def logged(folder):
+    """The records of a run's log."""
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+
+
+def first_batch(run, index=0):
+    """One batch of the data loader, as the student's step would see it."""
+    batches = iter(run.get_train_dataloader())
+    window, _ = run.get_batch_samples(batches, 1, run.args.device)
+    return window[0]
