@@ -7,6 +7,7 @@ from retort.models.dense_mamba import DenseMambaConfig, DenseMambaForCausalLM
 from retort.ops import reference
 
 VOCAB = 31
+FORMS = [(form, size) for form in ("chunked", "rescan", "recurrent") for size in (1, 7, 64, 4096)]
 
 
 def tiny(seed=0, dtype=torch.float64, **changes):
@@ -73,3 +74,7 @@ def naive_mixer(config, w, x, earlier):
 
 def norm(x, weight, eps=1e-5):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def close(got, want, atol=1e-10):
+    torch.testing.assert_close(got, want, atol=atol, rtol=0)
