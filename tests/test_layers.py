@@ -23,7 +23,6 @@ RANKS = {
     "serve": 5,
     "evaluate": 6,
     "report": 7,
-    "scale": 7,
     "batch": 7,
     "bench": 8,
     "cli": 9,
@@ -63,6 +62,13 @@ def test_imports_run_one_way(path):
     for line, other in imported(ast.parse(path.read_text(encoding="utf-8"))):
         fine = own == other or rank(other) < rank(own) or rank(own) == BASE == rank(other)
         assert fine, f"{path.relative_to(ROOT)}:{line}: {own} must not import {other}"
+
+
+def test_every_package_has_a_rank_and_stands_in_the_document_of_the_structure():
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert packages == set(RANKS)
+    document = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert all(f"| `retort.{package}` |" in document for package in packages)
 
 
 def test_the_rule_can_fail():

@@ -1,4 +1,4 @@
-"""Retention of packed ragged rows in one native call; its PyTorch twin is in `cache.retention`.
+"""Retention of packed ragged rows in one native call; its PyTorch twin is `cache.retention_waves`.
 
 A token at offset i of block b (blocks of L tokens) reads the state at (b−1)·L and the tokens of
 blocks b−1 and b up to itself: ``y = γ^(L+i+1) (q·S) + Σ_j γ^(L+i−j) (q·k_j) v_j``. Each number is
