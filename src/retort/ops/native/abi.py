@@ -174,7 +174,7 @@ class ScanGradientCall(ctypes.Structure):
     """Gradients of one selective scan of a packed pass."""
 
     _fields_: ClassVar[Fields] = _fields(
-        i="rows channels states total chunk", p="counts offsets first_kept a dt u b c",
+        i="rows channels states total chunk part", p="counts offsets first_kept a dt u b c",
         i2="ld_dt ld_u ld_b ld_c", p2="kept grad grad_a grad_dt grad_u grad_bc", t="threads",
     )  # fmt: skip
 

@@ -233,6 +233,7 @@ struct RetortScanCall {
 // Gradients of that scan where rows start from nothing; a chunk's states are scanned again.
 struct RetortScanGradientCall {
   int64_t rows, channels, states, total, chunk;
+  int64_t part;  // channels of one unit of work, which sums its gradients of b and c
   const int64_t *counts, *offsets;
   const int64_t* first_kept;         // of each row, the number of its first kept state
   const float *a, *dt, *u, *b, *c;   // as in RetortScanCall
@@ -241,7 +242,7 @@ struct RetortScanGradientCall {
   const float* grad;                 // of y, [total, channels]
   float* grad_a;                     // [rows, states, channels], to be summed over rows
   float *grad_dt, *grad_u;           // [total, channels]
-  float* grad_bc;  // [parts, total, 2, states], to be summed over parts of 128 channels
+  float* grad_bc;  // [parts of the channels, total, 2, states], to be summed over parts
   int32_t threads;
 };
 

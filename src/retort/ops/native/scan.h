@@ -97,7 +97,9 @@ static void scan_row(const RetortScanCall* c, int64_t r, int64_t channel, int64_
 }
 
 // Floats of scratch for the states of a unit, and for their decays.
-INLINE int64_t unit_states(int64_t states) { return (CHANNELS / W + 1) * W * states; }
+INLINE int64_t unit_states(int64_t states, int64_t channels = CHANNELS) {
+  return (channels / W + 1) * W * states;
+}
 
 static void scan(const RetortScanCall* c) {
   const int64_t parts = ceil_div(c->channels, CHANNELS), units = c->rows * parts;

@@ -99,7 +99,7 @@ struct GradientScratch {
 // One row, channels `channel` .. `channel + n`, into this unit's parts of the gradients.
 static void row_gradient(const RetortScanGradientCall* c, int64_t r, int64_t unit, int64_t n,
                          const GradientScratch& s) {
-  const int64_t N = c->states, D = c->channels, channel = unit * CHANNELS, block = N * W;
+  const int64_t N = c->states, D = c->channels, channel = unit * c->part, block = N * W;
   const int64_t first = c->offsets[r], end = first + c->counts[r];
   float* grad_bc = c->grad_bc + unit * c->total * 2 * N;
   gather_states(c->a + channel, D, N, n, s.a);
@@ -126,8 +126,8 @@ static void row_gradient(const RetortScanGradientCall* c, int64_t r, int64_t uni
 }
 
 static void scan_gradient(const RetortScanGradientCall* c) {
-  const int64_t parts = ceil_div(c->channels, CHANNELS), units = c->rows * parts;
-  const int64_t size = unit_states(c->states), chunk = c->chunk * STATES * W;
+  const int64_t parts = ceil_div(c->channels, c->part), units = c->rows * parts;
+  const int64_t size = unit_states(c->states, c->part), chunk = c->chunk * STATES * W;
   const int64_t floats = 4 * size + 2 * chunk + c->chunk * 2 * c->states * W;
   run_team((int)least(c->threads, units), [&](const Team& team) {
     float* p = (float*)malloc(sizeof(float) * floats);
@@ -136,7 +136,7 @@ static void scan_gradient(const RetortScanGradientCall* c) {
                                p + 4 * size + 2 * chunk};
     for (int64_t u = team.rank; u < units; u += team.size) {
       const int64_t unit = u % parts;
-      row_gradient(c, u / parts, unit, least(CHANNELS, c->channels - unit * CHANNELS), s);
+      row_gradient(c, u / parts, unit, least(c->part, c->channels - unit * c->part), s);
     }
     free(p);
   });

@@ -116,7 +116,7 @@ def scan_gradient(
     grad_bc = grad.new_empty(-(-channels // PART), total, 2, states)
     counts, offsets = (ctypes.addressof(array) for array in rows.scan.arrays[:2])
     call = abi.ScanGradientCall(
-        len(rows.counts), channels, states, total, CHUNK, counts, offsets,
+        len(rows.counts), channels, states, total, CHUNK, PART, counts, offsets,
         ctypes.addressof(rows.first_kept),
         *(x.data_ptr() for x in (inputs.a, inputs.dt, inputs.u, inputs.b, c)),
         *(x.stride(0) for x in (inputs.dt, inputs.u, inputs.b, c)),
