@@ -251,14 +251,20 @@ class Eager:
 
 
 @pytest.mark.parametrize(
-    ("rows", "budget", "least", "most"),
-    [(1, _budget(1, 9.0), 0.9, 1.0), (8, _budget(1, 9.0), 0.2, 0.4), (8, 3, 0.9, 1.0)],
+    ("rows", "new", "budget", "least", "most"),
+    [
+        (1, 30, _budget(1, 9.0), 0.9, 1.0),
+        (1, 400, _budget(1, 9.0), 0.25, 0.4),
+        (8, 60, _budget(1, 9.0), 0.2, 0.4),
+        (8, 60, 3, 0.9, 1.0),
+    ],
 )
-def test_where_drafts_never_pay_many_rows_are_asked_less_often(rows, budget, least, most):
-    """The first eight steps, then every fifth of eight rows; one row costs nothing to ask."""
+def test_where_drafts_never_pay_drafters_are_asked_less_often(rows, new, budget, least, most):
+    """The first eight steps; then every fifth of eight rows; one row at first at every step."""
     drafter = Eager()
-    with Engine(toy(eos_token_id=None), drafter=drafter, draft_budget=budget) as engine:
-        engine.generate([[5, 6, 7]] * rows, max_new_tokens=60)
+    model = toy(eos_token_id=None, max_position_embeddings=512)
+    with Engine(model, drafter=drafter, draft_budget=budget) as engine:
+        engine.generate([[5, 6, 7]] * rows, max_new_tokens=new)
         assert (engine.stats.draft_tokens > 0) == (budget == 3)
         assert least < drafter.asked / (engine.stats.steps - 1) <= most
 

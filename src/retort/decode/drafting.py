@@ -21,6 +21,8 @@ from retort.errors import ConfigurationError
 
 DEFAULT = "default"
 _REFUSED = 8  # steps whose drafts did not pay, after which drafters are asked less often
+_LONG = 32  # of these, after which they are asked a step later each, by
+_RAREST = 3  # at most
 
 
 @contextmanager
@@ -103,15 +105,16 @@ class Drafting:
         return [drafts[row.id].cut(lengths[row.id]) for row in rows]
 
     def _resting(self, rows: int) -> bool:
-        """Where drafting does not pay, asking is not free either: some 25 µs a row.
+        """Where drafting does not pay, asking is not free either: 0.1 ms, and some 25 µs a row.
 
-        That is nothing beside a pass of one row, and 1.5 % of one of 16: many rows are asked
-        rarely, a single one at every step.
+        That is 2 % of a step of one row, and 1.5 % of one of 16: many rows are asked rarely, and
+        all the more rarely the longer nothing paid.
         """
         if self._refused < _REFUSED:
             return False
         self._refused += 1
-        return self._refused % (1 + rows // 2) != 0
+        longer = min(self._refused // _LONG, _RAREST)
+        return self._refused % (1 + rows // 2 + longer) != 0
 
     def observe(self, request: Request, draft: Draft, accepted: int) -> None:
         """A draft of the request was verified."""
