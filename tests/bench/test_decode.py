@@ -7,6 +7,7 @@ import pytest
 
 from retort import cli
 from retort.bench import arms
+from retort.bench.peers.process import PEERS
 from retort.decode.draft import DraftContext
 from tests.serve import tiny
 
@@ -66,8 +67,9 @@ def test_the_record_names_files_and_no_folder(folder, prompts, tmp_path, monkeyp
 
 
 PEER = """
-import json, sys
-print(json.dumps({"engine": "fake", "threads": sys.argv[3], "mode": sys.argv[4]}), flush=True)
+import json, os, sys
+script, told = os.path.basename(sys.argv[1]), {"engine": "fake", "mode": sys.argv[4]}
+print(json.dumps(told | {"script": script}), flush=True)
 for line in sys.stdin:
     rows = [[5] * json.loads(line)["max_new_tokens"] for _ in json.loads(line)["prompts"]]
     print(json.dumps({"token_ids": rows, "tokens": 5, "seconds": 2.0, "total_seconds": 3.0}))
@@ -75,29 +77,66 @@ for line in sys.stdin:
 """
 
 
-def peer(path, source):
-    path.write_text(f"#!{sys.executable}\n{source}")
-    path.chmod(0o755)
-    return ["--openvino", str(path), "--openvino-model", "exported"]
+ENGINES = pytest.mark.parametrize("engine", PEERS, ids=[peer.name for peer in PEERS])
 
 
-def test_a_peer_is_an_arm_and_its_settings_are_in_the_record(folder, prompts, tmp_path):
+def peer(engine, folder, source):
+    """Flags of a peer whose Python is a script of ours, and whose model is a file."""
+    python, model = folder / "python", folder / "exported"
+    python.write_text(f"#!{sys.executable}\n{source}")
+    python.chmod(0o755)
+    model.touch()
+    return [engine.flag, str(python), f"{engine.flag}-model", str(model)]
+
+
+@ENGINES
+def test_a_peer_is_an_arm_and_its_settings_are_in_the_record(folder, prompts, tmp_path, engine):
     out = tmp_path / "r.json"
-    flags = peer(tmp_path / "python", PEER)
+    flags = peer(engine, tmp_path, PEER)
     assert bench(folder, prompts, out, "--arms", "plain", *flags) == 0
     data = json.loads(out.read_text())
-    modes = {name: told["mode"] for name, told in data["peers"].items()}
-    assert modes == {"openvino plain": "plain", "openvino lookup": "lookup"}
-    theirs = [r for r in data["results"] if r["arm"] == "openvino plain"]
+    modes = {name: (told["script"], told["mode"]) for name, told in data["peers"].items()}
+    plain = f"{engine.name} plain"
+    lookup = (engine.script, "lookup")
+    assert modes == {plain: (engine.script, "plain"), f"{engine.name} lookup": lookup}
+    theirs = [r for r in data["results"] if r["arm"] == plain]
     assert theirs[0]["tokens_per_second"] == 2.5 and theirs[0]["prefill_seconds"] == 1.0
     assert not theirs[0]["equal_to_plain"]
     assert "fake" in out.with_suffix(".html").read_text()
 
 
-def test_a_peer_that_does_not_start_is_an_error(folder, prompts, tmp_path, capsys):
-    flags = peer(tmp_path / "python", "raise SystemExit(3)")
+def test_peers_stand_beside_one_another(folder, prompts, tmp_path):
+    flags = [flag for engine in PEERS for flag in peer(engine, tmp_path, PEER)]
+    assert bench(folder, prompts, tmp_path / "r.json", "--arms", "plain", *flags) == 0
+    told = [r["arm"] for r in json.loads((tmp_path / "r.json").read_text())["results"]]
+    theirs = ["openvino plain", "openvino lookup", "llama.cpp plain", "llama.cpp lookup"]
+    assert told == ["plain", *theirs]
+
+
+@ENGINES
+def test_a_peer_that_does_not_start_is_an_error(folder, prompts, tmp_path, capsys, engine):
+    flags = peer(engine, tmp_path, "raise SystemExit(3)")
     assert bench(folder, prompts, tmp_path / "r.json", "--arms", "plain", *flags) == 2
-    assert "could not start OpenVINO" in capsys.readouterr().err
+    assert f"could not start {engine.title} on" in capsys.readouterr().err
+
+
+@ENGINES
+@pytest.mark.parametrize("last", ["input()", ""], ids=["asked", "unasked"])
+def test_a_peer_that_ends_in_between_is_an_error(folder, prompts, tmp_path, capsys, engine, last):
+    flags = peer(engine, tmp_path, f"print('{{}}', flush=True)\n{last}")
+    assert bench(folder, prompts, tmp_path / "r.json", "--arms", "plain", *flags) == 2
+    assert f"gave up decoding with {engine.title} on" in capsys.readouterr().err
+
+
+@ENGINES
+@pytest.mark.parametrize("gone", ["python", "exported"])
+def test_a_peer_that_is_not_there_is_named(folder, prompts, tmp_path, capsys, engine, gone):
+    flags = peer(engine, tmp_path, PEER)
+    (tmp_path / gone).unlink()
+    assert bench(folder, prompts, tmp_path / "r.json", "--arms", "plain", *flags) == 2
+    said = capsys.readouterr().err
+    flag = engine.flag if gone == "python" else f"{engine.flag}-model"
+    assert said.count("\n") == 1 and f"{flag}: there is no" in said and gone in said
 
 
 @pytest.mark.parametrize(
@@ -106,7 +145,8 @@ def test_a_peer_that_does_not_start_is_an_error(folder, prompts, tmp_path, capsy
         (["--arms", "plan"], "--arms plan"),
         (["--category", "lung"], "no prompts of category"),
         (["--prompt-tokens", "2"], "leaves no room"),
-        (["--openvino", "python"], "go together"),
+        (["--openvino", "python"], "--openvino and --openvino-model go together"),
+        (["--llama-cpp-model", "a.gguf"], "--llama-cpp and --llama-cpp-model go together"),
         (["--category", "short", "--batch-sizes", "3"], "has 2 prompts of category 'short' and 3"),
         (["--batch-sizes", "1", "3", "--num-prompts", "2"], "none below it"),
         (["--batch-sizes", "1", "3", "--num-prompts", "2", "3", "3"], "one for each"),

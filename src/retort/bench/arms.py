@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +12,6 @@ from torch import Tensor
 from retort.decode.draft import DraftContext
 from retort.decode.engine import Engine
 from retort.decode.padded import PaddedEngine
-from retort.errors import ConfigurationError
 from retort.evaluate.decoding import Arm, Measurement, Tokens, grouped_arm
 
 LOOKUP = "prompt-lookup"
@@ -128,26 +124,6 @@ def transformers_arm(model: Any, name: str) -> Arm:
         return Measurement(rows, sum(map(len, rows)) - len(rows), total - first, total)
 
     return grouped_arm(run)
-
-
-def openvino_arm(python: str, folder: str, threads: int, mode: str) -> tuple[Arm, dict[str, Any]]:
-    """OpenVINO GenAI in a process of its own, which stays up between repeats; and its settings."""
-    script = str(Path(__file__).parent / "peers" / "openvino_genai_decode.py")
-    command = [python, script, folder, str(threads), mode]
-    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert peer.stdin is not None and peer.stdout is not None
-    source, sink = peer.stdout, peer.stdin
-    hello = source.readline()
-    if not hello:
-        raise ConfigurationError(f"{python} could not start OpenVINO GenAI on {folder}; see above")
-
-    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Measurement:
-        request = {"prompts": list(map(list, prompts)), "max_new_tokens": max_new_tokens}
-        sink.write(json.dumps(request) + "\n")
-        sink.flush()
-        return Measurement(**json.loads(source.readline()))
-
-    return grouped_arm(run), json.loads(hello)
 
 
 def _timed(

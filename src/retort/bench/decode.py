@@ -1,10 +1,11 @@
-"""Decoding speed: greedy, padded, unpadded, with prompt lookup, beside transformers and OpenVINO.
+"""Decoding speed: greedy, padded, unpadded, with prompt lookup, and beside other engines.
 
     retort bench decode --prompts spec_bench.jsonl --category summarization --batch-sizes 1 4 8
 
 Writes a JSON file with machine, versions and memory bandwidth after every batch size, an HTML page
 beside it, and prints a line an arm. ``--openvino`` names the Python of an environment with
-openvino-genai, ``--openvino-model`` the exported model (see `retort.bench.peers`).
+openvino-genai, ``--openvino-model`` the exported model; ``--llama-cpp`` and ``--llama-cpp-model``
+one with llama-cpp-python and a GGUF (see `retort.bench.peers`).
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from retort.bench.arms import (
     ENGINES,
     build_engine,
     drafts_by_model,
-    openvino_arm,
     transformers_arm,
     weights_of,
 )
 from retort.bench.decode_page import page
+from retort.bench.peers.process import PEERS, Peer, check, peer_arms
 from retort.errors import ConfigurationError
 from retort.evaluate.decoding import Arm, ArmResult, compare, engine_arm
 from retort.models import zoo
@@ -45,10 +46,10 @@ def run(options: Namespace) -> None:
         options: see `retort.bench.decode_options`.
 
     Raises:
-        ConfigurationError: an arm that does not exist, or a file without fitting prompts.
+        ConfigurationError: an arm or a peer that does not exist, or a file without fitting prompts.
     """
-    if bool(options.openvino) != bool(options.openvino_model):
-        raise ConfigurationError("--openvino and --openvino-model go together")
+    for peer in PEERS:
+        check(peer, *_where(peer, options))
     options.num_prompts = _counts(options)
     options.threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -107,10 +108,18 @@ def _arms(options: Namespace) -> dict[str, Arm]:
 
 def _peers(options: Namespace) -> dict[str, tuple[Arm, dict[str, Any]]]:
     """Engines in processes of their own, with their settings."""
-    if not options.openvino:
-        return {}
-    peer = partial(openvino_arm, options.openvino, options.openvino_model, options.threads)
-    return {f"openvino {mode}": peer(mode) for mode in ("plain", "lookup")}
+    arms: dict[str, tuple[Arm, dict[str, Any]]] = {}
+    for peer in PEERS:
+        python, model = _where(peer, options)
+        if python and model:
+            arms |= peer_arms(peer, python, model, options.threads)
+    return arms
+
+
+def _where(peer: Peer, options: Namespace) -> tuple[str | None, str | None]:
+    """The peer's Python and model, as the command line has them."""
+    name = peer.flag.lstrip("-").replace("-", "_")
+    return getattr(options, name), getattr(options, f"{name}_model")
 
 
 def _rows(

@@ -30,6 +30,8 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, help="default: all that torch takes")
     add("--openvino", help="Python of an environment with openvino-genai")
     add("--openvino-model", help="the model, exported")
+    add("--llama-cpp", help="Python of an environment with llama-cpp-python")
+    add("--llama-cpp-model", help="the model as a GGUF file, see bench/peers/to_gguf.py")
     add("--output", type=Path, default=Path("bench-decode.json"))
     return made
 
