@@ -220,6 +220,26 @@ def test_plain_passes_are_timed_live_and_drafts_add_what_they_added():
     assert cost.seconds(1, 3) > cost.seconds(1)  # no draft is free
 
 
+def test_what_drafts_cost_is_learnt_by_the_number_of_rows_and_firmly_from_many():
+    cost = PassCost(StepCost({1: 1.0, 64: 1.0}))
+    for rows in (1, 8):
+        cost.record(rows, 0, 1.0)
+    cost.record(8, 10, 2.0)
+    many = cost.seconds(8, 2) - 1.0
+    assert many == pytest.approx(2 * 0.1 / 3), "ten drafts took 0.1 each: a third is believed"
+    assert cost.seconds(6, 2) == cost.seconds(8, 2), "the nearest number of rows that was seen"
+    for _ in range(50):
+        cost.record(1, 1, 1.0)
+    assert cost.seconds(8, 2) - 1.0 == many > 2 * (cost.seconds(1, 2) - 1.0)
+    for _ in range(10):
+        cost.regain(1)
+    assert cost.seconds(8, 2) - 1.0 == many
+    few = PassCost(StepCost({1: 1.0, 64: 1.0}))
+    few.record(8, 0, 1.0)
+    few.record(8, 1, 1.1)
+    assert few.seconds(8, 2) - 1.0 < many / 2, "one draft says little"
+
+
 def test_a_disturbed_plain_pass_does_not_count():
     cost = PassCost(StepCost({1: 1.0, 16: 2.0}))
     for seconds in (9.0, 1.0, 1.1, 0.9, 1.0):

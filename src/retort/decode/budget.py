@@ -138,7 +138,7 @@ class AutoBudget:
                 lengths[i] += 1
         elif gains:
             self.acceptance.regain(candidates)
-            self.cost.regain()
+            self.cost.regain(len(candidates))
         return lengths
 
     def observe(self, row: str, drafter: str, drafted: int, accepted: int, match: int = 0) -> None:

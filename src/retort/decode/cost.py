@@ -10,6 +10,7 @@ from statistics import median
 
 _LEAST = 0.25
 _RECENT = 5  # plain passes of as many rows whose median counts: one that was disturbed does not
+_FIRM = 20  # drafts of a pass that say as much of what one takes as all passes before it
 _STALE = 16  # passes with drafts after which a plain one is due
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)
 
@@ -62,21 +63,22 @@ class PassCost:
     Plain passes are timed live, for each number of rows, and where every pass has drafts one is due
     now and then: it loses nothing against plain decoding, and what drafts cost is measured against
     it. From the profile, which knows one short row only, comes what more tokens *add*, and passes
-    with drafts teach what each of them takes beyond that [our choice: a profile taken as it stands
-    underrates what drafts cost beside many long rows, and one of an hour with slow memory is flat
-    where tokens cost something in a faster one].
+    with drafts teach what each of them takes beyond that, for each number of rows: a profile taken
+    as it stands underrates what drafts cost beside many long rows, and one of an hour with slow
+    memory is flat where tokens cost something in a faster one [our choice].
 
     Args:
         profile: T(tokens) of one row.
         plain: seconds of plain passes by number of rows, the median of the latest.
-        extra: seconds that a draft takes beyond the profile; negative where that overrates it.
+        extra: seconds that a draft takes beyond the profile, by number of rows; negative where
+            that overrates it. What one row's drafts cost says little of those beside many.
         hope: share of a draft's cost by which ``extra`` falls in a step without any draft, so that
             a profile or a lesson which overrates drafts is found out.
     """
 
     profile: StepCost = field(default_factory=StepCost)
     plain: dict[int, float] = field(default_factory=dict)
-    extra: float = 0.0
+    extra: dict[int, float] = field(default_factory=dict)
     hope: float = 0.002
     _recent: dict[int, deque[float]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=_RECENT)), repr=False
@@ -87,7 +89,7 @@ class PassCost:
         """Expected seconds; a draft adds a quarter of its profile and 0.3 % of a pass at least."""
         plain, profiled = self._plain(rows), self._profiled(rows, drafts)
         least = max(_LEAST * profiled, 0.003 * drafts * plain)
-        return plain + max(profiled + self.extra * drafts, least)
+        return plain + max(profiled + self._extra(rows) * drafts, least)
 
     def plain_is_due(self, rows: int) -> bool:
         """Whether what a plain pass of so many rows takes should be seen again; sooner at first."""
@@ -101,15 +103,22 @@ class PassCost:
             self._since[rows] = 0
             return
         self._since[rows] += 1
-        plain = self._plain(rows)
+        plain, known = self._plain(rows), self._extra(rows)
         seen = (seconds - plain - self._profiled(rows, drafts)) / drafts
-        self.extra += 0.1 * (min(max(seen, -plain), plain / drafts) - self.extra)
+        seen = min(max(seen, -plain), plain / drafts)
+        self.extra[rows] = known + drafts / (drafts + _FIRM) * (seen - known)
 
-    def regain(self) -> None:
+    def regain(self, rows: int) -> None:
         """Nothing was drafted although it could have been."""
-        slope = (self.profile.seconds(9) - self.profile.seconds(1)) / 8
-        self.extra -= self.hope * (slope + max(self.extra, 0.0))
-        self.extra = max(self.extra, -0.5 * slope)
+        slope, known = self._profiled(rows, 8) / 8, self._extra(rows)
+        known -= self.hope * (slope + max(known, 0.0))
+        self.extra[rows] = max(known, -0.5 * slope)
+
+    def _extra(self, rows: int) -> float:
+        """What a draft takes beyond the profile beside so many rows, or the nearest number seen."""
+        if not self.extra or rows in self.extra:
+            return self.extra.get(rows, 0.0)
+        return self.extra[min(self.extra, key=lambda known: abs(known - rows))]
 
     def _profiled(self, rows: int, drafts: int) -> float:
         """What the drafts add by the profile."""
