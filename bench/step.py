@@ -145,7 +145,7 @@ def decode(engine, clock, size, new):
 
 
 def params(new):
-    from retort.decode.request import SamplingParams
+    from retort.decode.params import SamplingParams
 
     return SamplingParams(max_new_tokens=new, ignore_eos=True)
 

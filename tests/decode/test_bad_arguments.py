@@ -6,7 +6,7 @@ import pytest
 
 from retort.decode.admission import encode
 from retort.decode.engine import Engine
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from retort.errors import ConfigurationError
 from tests.decode.toys import prompts, reference, toy
 

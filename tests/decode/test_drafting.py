@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from retort.decode.engine import Engine
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from retort.errors import ConfigurationError
 from retort.ops import native
 from tests.decode.test_engine import ScriptedDrafter

@@ -5,7 +5,7 @@ import torch
 
 import retort.decode.engine as engine_module
 from retort.decode.engine import Engine
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from retort.errors import ConfigurationError, UnsupportedModelError
 from retort.ops import native
 from tests.decode.toys import ARCHITECTURES, FLOAT32_ONLY, prompts, reference, toy

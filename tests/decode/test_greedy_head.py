@@ -8,7 +8,7 @@ import torch
 from retort.decode.engine import Engine
 from retort.decode.packed import PackedModel
 from retort.decode.padded import PaddedModel
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from retort.ops import native
 from tests.decode.toys import prompts, toy
 

@@ -6,7 +6,7 @@ import torch
 from retort.decode.budget import FixedBudget
 from retort.decode.draft import Draft
 from retort.decode.engine import Engine
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from tests.decode.test_engine import ScriptedDrafter
 from tests.decode.toys import prompts, toy
 

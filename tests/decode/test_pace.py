@@ -4,7 +4,7 @@ import pytest
 
 from retort.decode.engine import Engine
 from retort.decode.pace import PrefillPace
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from retort.decode.scheduler import replay
 from retort.errors import ConfigurationError
 from tests.decode.toys import prompts, toy

@@ -10,7 +10,8 @@ from retort.decode.cost import PassCost, StepCost
 from retort.decode.draft import DraftContext
 from retort.decode.drafter import PromptLookupDrafter
 from retort.decode.engine import Engine
-from retort.decode.request import Request, SamplingParams
+from retort.decode.params import SamplingParams
+from retort.decode.request import Request
 from retort.decode.stopping import TextBuffer, grow
 from retort.errors import ConfigurationError
 from tests.decode.toys import toy

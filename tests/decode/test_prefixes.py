@@ -8,8 +8,8 @@ from transformers import LlamaForCausalLM
 
 from retort.decode.engine import Engine
 from retort.decode.padded import PaddedEngine
+from retort.decode.params import SamplingParams
 from retort.decode.prefixes import BLOCK
-from retort.decode.request import SamplingParams
 from retort.decode.scheduler import replay
 from retort.errors import ConfigurationError
 from retort.ops import native

@@ -5,7 +5,7 @@ import torch
 
 from retort import speculative
 from retort.decode.engine import Engine
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from tests.decode.test_engine import ScriptedDrafter
 from tests.decode.test_stop_strings import Letters
 from tests.decode.toys import prompts, reference, toy

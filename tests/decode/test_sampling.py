@@ -7,8 +7,8 @@ import torch
 
 from retort.decode.choosing import Place, choose
 from retort.decode.engine import Engine
+from retort.decode.params import SamplingParams
 from retort.decode.processors import shape_scores, warp
-from retort.decode.request import SamplingParams
 from retort.decode.sampling import accepts, draw, gumbel, judge
 from tests.decode.test_engine import ScriptedDrafter
 from tests.decode.toys import prompts, toy

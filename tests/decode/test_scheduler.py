@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retort.decode.engine import Engine
-from retort.decode.request import Request, SamplingParams
+from retort.decode.params import SamplingParams
+from retort.decode.request import Request
 from retort.decode.scheduler import Scheduler, replay
 from retort.errors import ConfigurationError
 from tests.decode.toys import prompts, toy

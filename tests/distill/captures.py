@@ -2,7 +2,8 @@
 
 import torch
 
-from retort.distill.capture import CaptureSettings, capture
+from retort.distill.capture import capture
+from retort.distill.capture_facts import CaptureSettings
 from tests.distill.toys import llama, tokenizer
 
 SMALL = CaptureSettings(top_k=5, batch_size=2, shard_tokens=12)

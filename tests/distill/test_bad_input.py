@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from retort.cli import run as command
-from retort.distill.capture import CaptureSettings, capture
+from retort.distill.capture import capture
+from retort.distill.capture_facts import CaptureSettings
 from retort.distill.trainer import DistillTrainer
 from retort.errors import ConfigurationError
 from retort.manifest import MANIFEST, write_manifest

@@ -9,8 +9,8 @@ import torch
 from retort.cli import run as command
 from retort.distill import capture as capturing
 from retort.distill.batch import TrainingSequence, build_batch, stream_mask
-from retort.distill.capture import CaptureSettings, capture, digest, stored
-from retort.distill.capture_facts import fingerprint
+from retort.distill.capture import capture, stored
+from retort.distill.capture_facts import CaptureSettings, digest, fingerprint
 from retort.distill.captured import Capture, CapturedTeacher
 from retort.distill.losses import DivergenceTerm, chunked_loss
 from retort.distill.losses.divergence import forward_kl

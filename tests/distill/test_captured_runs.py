@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from retort.distill.capture import CaptureSettings, capture
+from retort.distill.capture import capture
+from retort.distill.capture_facts import CaptureSettings
 from retort.distill.captured import CapturedTeacher
 from retort.distill.config import DistillConfig
 from retort.errors import ConfigurationError

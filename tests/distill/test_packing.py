@@ -14,7 +14,8 @@ from retort import (
     DenseRetNetForCausalLM,
 )
 from retort.distill.batch import TrainingSequence, build_batch, sequence_slices, stream_mask
-from retort.distill.capture import CaptureSettings, capture
+from retort.distill.capture import capture
+from retort.distill.capture_facts import CaptureSettings
 from retort.distill.captured import CapturedTeacher
 from retort.distill.hidden import HeadlessModel
 from retort.distill.losses import IGNORED

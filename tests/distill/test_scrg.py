@@ -7,7 +7,7 @@ import torch
 
 from retort.decode.engine import Engine
 from retort.decode.packed import PackedModel
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from retort.distill.builders import dense_retnet_student
 from retort.distill.sequences.scrg import Reviser, Text
 from retort.distill.sequences.writers import StudentWriter, WritingSettings

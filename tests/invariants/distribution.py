@@ -19,8 +19,8 @@ import torch
 
 from retort.decode import sampling
 from retort.decode.engine import Engine
+from retort.decode.params import SamplingParams
 from retort.decode.processors import shape_scores
-from retort.decode.request import SamplingParams
 from retort.provenance import Provenance, write_json
 from tests.decode.toys import toy
 from tests.invariants.naive import SHAPES, excess, naive_probs

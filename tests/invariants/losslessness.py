@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from retort.decode.engine import Engine
-from retort.decode.request import SamplingParams
+from retort.decode.params import SamplingParams
 from retort.provenance import Provenance, write_json
 from tests.decode.toys import reference, toy
 from tests.models import mambas, retnets

@@ -122,6 +122,6 @@ def test_a_held_row_goes_back_anywhere_in_its_completion(answers):
 
 
 def engine_params():
-    from retort.decode.request import SamplingParams
+    from retort.decode.params import SamplingParams
 
     return SamplingParams(max_new_tokens=NEW)

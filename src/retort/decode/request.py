@@ -9,8 +9,6 @@ from typing import Any, Literal
 from retort.decode.params import SamplingParams
 from retort.errors import ConfigurationError
 
-__all__ = ["Chunk", "FinishReason", "Request", "RequestOutput", "RequestStats", "SamplingParams"]
-
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 

@@ -204,8 +204,7 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
     with bind(options.host, options.port) as listener:
         process, connection = start_worker(options.engine)
         try:
-            config = uvicorn.Config("", loop="auto", log_config=None)
-            with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            with asyncio.Runner(loop_factory=http_config(None).get_loop_factory()) as runner:
                 return runner.run(_serve(options, listener, connection, say))
         finally:
             _end_process(process)
