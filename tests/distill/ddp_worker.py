@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
 
@@ -105,6 +106,7 @@ def main(root):
             folder = root / str(accumulation) / name
             record(folder, *train(folder, 4 // accumulation, accumulation, **changes))
     resume(root)
+    PartialState().destroy_process_group()  # threads of a group left open may abort the exit
 
 
 if __name__ == "__main__":
