@@ -6,14 +6,12 @@ and layers replay together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from retort.cache.mamba_anchors import Anchors
-from retort.cache.pool import index
 from retort.cache.rows import PackedRows
 from retort.cache.tape import Tape
 from retort.ops.native.scan import ScanRows, ragged_scan
@@ -56,7 +54,7 @@ class Replay:
         if self.on_core:  # a replay repeats the bits of the passes
             self._scanned(work, slots)
         else:
-            self._anchors.states[:, self._index(slots)] = self._stepped(work)
+            self._anchors.states[:, self._tape.index(slots)] = self._stepped(work)
         for (_, start, row), slot in zip(work, slots, strict=True):
             self._anchors.slots[row][start] = slot
 
@@ -75,9 +73,9 @@ class Replay:
 
     def _stepped(self, work: Work) -> Tensor:
         """States ``[layers, rows, N, D]`` after tokens begin : end of each row's tape."""
-        old = self._index([max(self._anchors.slots[row][begin], 0) for begin, _, row in work])
+        old = self._tape.index([max(self._anchors.slots[row][begin], 0) for begin, _, row in work])
         state = self._anchors.states[:, old]
-        state[:, self._index([i for i, (begin, _, _) in enumerate(work) if begin == 0])] = 0
+        state[:, self._tape.index([i for i, (begin, _, _) in enumerate(work) if begin == 0])] = 0
         a = torch.stack([x for x in self.a if x is not None]).unsqueeze(1)
         for i in range(work[0][1] - work[0][0]):
             places = [(row, begin + i) for begin, end, row in work if begin + i < end]
@@ -87,12 +85,9 @@ class Replay:
 
     def _taped(self, places: list[tuple[int, int]]) -> Tensor:
         """What the recurrences of all layers were fed at (row, position): ``[layers, n, ...]``."""
-        pages = self._index([self._tape.find(row, p // self._page) or 0 for row, p in places])
-        return self._tape.keys[:, pages, self._index([p % self._page for _, p in places])]
+        pages = self._tape.index([self._tape.find(row, p // self._page) or 0 for row, p in places])
+        return self._tape.keys[:, pages, self._tape.index([p % self._page for _, p in places])]
 
     def _inputs(self, a: Tensor, fed: Tensor) -> ScanInputs:
         d = self._anchors.states.shape[-1]
         return ScanInputs(a, fed[..., :d], fed[..., 2 * d :], fed[..., d : 2 * d])
-
-    def _index(self, numbers: Sequence[int]) -> Tensor:
-        return index(numbers, self._tape.keys.device)

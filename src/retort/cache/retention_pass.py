@@ -8,7 +8,6 @@ from functools import cached_property
 
 from torch import Tensor
 
-from retort.cache.pool import index
 from retort.cache.retention_waves import Waves
 from retort.cache.rows import PackedRows
 from retort.cache.tape import Tape
@@ -78,14 +77,14 @@ class RetentionPass:
             decay=self.decay.at(offsets),
             before=self._pages([(span.row, span.first - 1) for span in plan.spans]),
             current=self._pages([(span.row, span.first) for span in plan.spans]),
-            has_state=~self._index(young).bool().view(-1, 1, 1, 1) if any(young) else None,
+            has_state=~self.tape.index(young).bool().view(-1, 1, 1, 1) if any(young) else None,
         )
 
     def _pages(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         pages = [self.tape.find(row, block) for row, block in places]
         exist = [page is not None for page in pages]
-        mask = None if all(exist) else self._index(exist).bool().view(-1, 1, 1, 1)
-        return self._index([page or 0 for page in pages]), mask
+        mask = None if all(exist) else self.tape.index(exist).bool().view(-1, 1, 1, 1)
+        return self.tape.index([page or 0 for page in pages]), mask
 
     @cached_property
     def native(self) -> RetentionRows:
@@ -116,9 +115,6 @@ class RetentionPass:
         rows = zip(self.layout.rows, self.native.moved, strict=True)
         return [row for row, at in rows if at >= 0]
 
-    def _index(self, numbers: Sequence[int]) -> Tensor:
-        return index(numbers, self.tape.keys.device)
-
 
 def _written(layout: PackedRows, tape: Tape, block: int, oldest: dict[int, int]) -> Written:
     """Every row's tokens from its ``oldest`` on; their pages are reserved."""
@@ -131,5 +127,5 @@ def _written(layout: PackedRows, tape: Tape, block: int, oldest: dict[int, int])
         blocks = range(first // block, (end - 1) // block + 1)
         pages = {b: tape.reserve(row, b) for b in blocks}
         places += [(pages[p // block], p % block) for p in range(first, end)]
-    pages_of, offsets = index(places, tape.keys.device).view(-1, 2).unbind(1)
-    return index(tokens, tape.keys.device), pages_of, offsets
+    pages_of, offsets = tape.index(places).view(-1, 2).unbind(1)
+    return tape.index(tokens), pages_of, offsets

@@ -64,10 +64,14 @@ class Tape:
         for block in [b for b in table if b < first or (stop is not None and b >= stop)]:
             self._free.append(table.pop(block))
 
+    def index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Numbers of entries as an int64 tensor on the tape's device."""
+        return index(numbers, self.keys.device)
+
     def copy_out(self, row: int) -> Pages:
         """Copies of all that ``row`` has on tape."""
         table = self._table[row]
-        numbers = index(list(table.values()), self.keys.device)
+        numbers = self.index(list(table.values()))
         return Pages(tuple(table), self.keys[:, numbers], self.values[:, numbers])
 
     def copy_in(self, row: int, pages: Pages) -> None:
@@ -88,7 +92,7 @@ class Tape:
     def select(self, order: Sequence[int]) -> None:
         """Row i becomes a copy of row ``order[i]``; the pool shrinks to what they use."""
         tables = [self._table[row] for row in order]
-        used = index([p for t in tables for p in t.values()], self.keys.device)
+        used = self.index([p for t in tables for p in t.values()])
         self.keys, self.values = self.keys[:, used], self.values[:, used]
         numbers = iter(range(len(used)))
         self._table = {i: {b: next(numbers) for b in t} for i, t in enumerate(tables)}

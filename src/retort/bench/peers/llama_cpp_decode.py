@@ -45,7 +45,7 @@ def settings(peer: Together | Lookup) -> dict[str, Any]:
         "llama_cpp_python": llama_cpp.__version__,
         "system": llama_cpp.llama_print_system_info().decode(),
         "key_value_cache": "f32",
-        "flash_attn": False,  # on, prompts are read faster and tokens decoded more slowly
+        "flash_attn": False,  # llama-cpp-python's default
         "n_batch": BATCH,
         "n_ubatch": MICRO_BATCH,
         "threads": peer.threads,
