@@ -71,7 +71,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Path:
     teacher.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     rows = []
-    for line in Path(options.prompts).read_text("utf-8").splitlines():
+    for line in Path(options.prompts).read_text("utf-8").strip().split("\n"):
         row = json.loads(line)
         if 30 <= len(tokenizer(row["prompt"]).input_ids) <= 50:
             said = [{"role": "assistant", "content": row["reference"][:200]}]

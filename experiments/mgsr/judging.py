@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,12 @@ def validation(model: str | Path, settings: Settings, places: Places) -> dict[st
 
 def questions(path: Path, tokenizer: Any, prompts: int, settings: Settings) -> list[dict[str, Any]]:
     """The first prompts of a file that are short enough (fewer where the file has fewer)."""
-    rows = []
-    for line in path.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        if len(tokenizer(row["prompt"]).input_ids) <= settings.prompt_tokens:
-            rows.append(row)
-        if len(rows) == prompts:
-            break
-    return rows
+    with path.open(encoding="utf-8") as file:
+        rows = (json.loads(line) for line in file)
+        short = (
+            row for row in rows if len(tokenizer(row["prompt"]).input_ids) <= settings.prompt_tokens
+        )
+        return list(islice(short, prompts))
 
 
 def chat(prompt: str) -> list[dict[str, str]]:

@@ -1,10 +1,12 @@
 """``retort demo``: the whole of it at toy size, and what it refuses before it writes anything."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from retort import cli
+from retort.cli.demo_records import read_rows, write_rows
 from retort.cli.demo_stages import Demo, Size
 from tests.distill.toys import llama, tokenizer
 from tests.experiments.toys import TEMPLATE
@@ -27,6 +29,14 @@ def test_a_refused_model_leaves_nothing_behind(capsys, monkeypatch, tmp_path, mo
     assert cli.run(["demo", "--quick", "--output-dir", "run", "--model", name]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_texts_own_line_ends_stay_in_its_row(tmp_path):
+    """JSON leaves U+0085 and U+2028 as they are; `str.splitlines` would cut a row there."""
+    output = SimpleNamespace(text="a\x85b\u2028c", prompt_token_ids=[3], token_ids=[1, 2])
+    write_rows(tmp_path, "dev", [[{"role": "user", "content": "d\u2029e"}]], [output])
+    (row,) = read_rows(tmp_path, "dev")
+    assert row["text"] == output.text and row["prompt"][0]["content"] == "d\u2029e"
 
 
 def test_the_whole_demo_leaves_a_report_and_repeats_nothing(tmp_path, monkeypatch):

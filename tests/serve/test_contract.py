@@ -1,5 +1,6 @@
 """The official OpenAI client must not notice the difference."""
 
+import json
 import subprocess
 import sys
 
@@ -293,6 +294,17 @@ def test_origins_cover_the_streamed_text(served):
     assert origins["a"] > 0 and origins["p"] > 0
     last = events[-1]["choices"][0]["retort"]
     assert 0 < last["accepted_tokens"] <= last["draft_tokens"]
+
+
+def test_no_character_of_an_answer_ends_a_line_of_the_stream(served):
+    """httpx and huggingface_hub cut lines where `str.splitlines` does, inside JSON strings too."""
+    prompt = "the cat\x85 sat\u2028 on\u2029 the\x0b mat\x1e naïve 🙂"
+    body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "echo": True}
+    with served.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    text = "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+    assert text == served.complete(**body)["choices"][0]["text"] and text.startswith(prompt)
 
 
 def test_transformers_chat_finds_its_model_loaded(served):

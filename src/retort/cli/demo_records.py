@@ -55,8 +55,8 @@ def write_rows(folder: Path, split: str, chats: list, outputs: list) -> None:
 
 def read_rows(folder: Path, split: str) -> list[dict]:
     """What `write_rows` wrote."""
-    text = (folder / f"{split}.jsonl").read_text("utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    with (folder / f"{split}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def stored(folder: Path, name: str) -> Any:

@@ -18,6 +18,9 @@ from retort.serve.errors import ApiError
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+# Characters at which clients that read with Python's `str.splitlines` (transformers chat,
+# huggingface_hub, httpx's `iter_lines`) would cut an event; JSON itself escapes the ASCII ones.
+_LINE_ENDS = {mark.encode(): b"\\u%04x" % ord(mark) for mark in "\x85\u2028\u2029"}
 ABORT = "retort.abort"  # scope key: closes the connection without flushing it
 
 
@@ -26,8 +29,11 @@ class Disconnected(Exception):
 
 
 def event(value: Any) -> bytes:
-    """One event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    """One event: JSON without any character that some client takes for a line's end."""
+    data = msgspec.json.encode(value)
+    for mark, escaped in _LINE_ENDS.items():
+        data = data.replace(mark, escaped)
+    return b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):
