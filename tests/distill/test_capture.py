@@ -17,19 +17,14 @@ from retort.distill.losses.divergence import forward_kl
 from retort.distill.signals import DenseSignal
 from retort.distill.teachers import Teacher
 from retort.errors import ConfigurationError, RetortError
-from tests.distill.captures import SMALL, make, rows, shards
+from tests.distill.captures import SMALL, rows, shards
 from tests.distill.tokenizers import byte_level
 from tests.distill.toys import llama, tokenizer
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("c") / "one")
-
-
-def test_a_capture_holds_the_live_top_k_of_every_row_alone(made):
+def test_a_capture_holds_the_live_top_k_of_every_row_alone(small):
     """Each row's signal against one unbatched forward of the model itself."""
-    found, model = Capture(made), llama().eval()
+    found, model = Capture(small), llama().eval()
     for row in rows():
         ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
         with torch.no_grad():
@@ -61,7 +56,7 @@ def loss(signal, hidden, head, targets):
     return total, torch.autograd.grad(total, hidden)[0]
 
 
-def test_the_loss_from_a_capture_is_that_of_the_live_signal_cut_and_rounded(made):
+def test_the_loss_from_a_capture_is_that_of_the_live_signal_cut_and_rounded(small):
     """Bit-equal where the live forward has the capture's batches; the rounding itself is small."""
     teacher, student = Teacher(llama()), llama(2)
     shard = [rows()[i] for i in next(capturing._shards(rows(), SMALL.shard_tokens))]
@@ -69,7 +64,7 @@ def test_the_loss_from_a_capture_is_that_of_the_live_signal_cut_and_rounded(made
     inputs, mask = batch(pair)
     live = teacher.signal(inputs, mask).rows(0, int(mask.sum()))
     cut = live.top_k(5)
-    captured = CapturedTeacher(Capture(made)).signal(inputs, mask)
+    captured = CapturedTeacher(Capture(small)).signal(inputs, mask)
     hidden = student.model(inputs["input_ids"]).last_hidden_state[mask].detach().requires_grad_()
     targets = inputs["targets"][mask]
     values = [loss(s, hidden, student.lm_head, targets) for s in (captured, stored(cut), cut)]
@@ -93,9 +88,9 @@ def test_a_fingerprint_sees_every_value(dtype):
     assert fingerprint(model) == before
 
 
-def test_rows_that_count_nowhere_have_no_signal(made):
+def test_rows_that_count_nowhere_have_no_signal(small):
     inputs, mask = batch(rows()[:2])
-    signal = CapturedTeacher(Capture(made)).signal(inputs, mask & False)
+    signal = CapturedTeacher(Capture(small)).signal(inputs, mask & False)
     assert len(signal) == 0 and signal.vocab_size == 258
 
 
@@ -131,7 +126,7 @@ def refused_capture(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_looks_at_rows_and_folder_before_it_reads_weights(
-    refused_capture, tmp_path, made
+    refused_capture, tmp_path, small
 ):
     out = tmp_path / "out"
     assert "row 1: column 'completion' is empty" in refused_capture("")
@@ -141,11 +136,11 @@ def test_the_command_looks_at_rows_and_folder_before_it_reads_weights(
     (out / "diary.txt").write_text("dear diary")
     assert "holds no capture" in refused_capture("b")
     shutil.rmtree(out)
-    shutil.copytree(made, out)
+    shutil.copytree(small, out)
     assert "holds a capture with teacher=''" in refused_capture("b")
 
 
-def test_a_folder_of_other_inputs_is_refused(made, tmp_path):
+def test_a_folder_of_other_inputs_is_refused(small, tmp_path):
     for inputs in [
         (llama(7), tokenizer(), rows(), SMALL),
         (llama(), byte_level(), rows(), SMALL),
@@ -153,7 +148,7 @@ def test_a_folder_of_other_inputs_is_refused(made, tmp_path):
         (llama(), tokenizer(), rows(), CaptureSettings(4, 2, 12)),
     ]:
         with pytest.raises(ConfigurationError, match="another folder"):
-            capture(*inputs[:3], made, inputs[3])
+            capture(*inputs[:3], small, inputs[3])
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match="not empty"):
         capture(llama(), tokenizer(), rows(), tmp_path, SMALL)

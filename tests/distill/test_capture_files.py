@@ -12,14 +12,9 @@ from retort.distill.captured import Capture
 from retort.errors import ConfigurationError
 from retort.manifest import MANIFEST, write_manifest
 from retort.train.checkpoint import LOCK
-from tests.distill.captures import flip, make, rows
+from tests.distill.captures import flip, rows
 from tests.distill.tokenizers import byte_level
 from tests.distill.toys import tokenizer
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("c") / "one")
 
 
 @pytest.mark.parametrize(
@@ -33,9 +28,9 @@ def made(tmp_path_factory):
         (lambda f: link(f / "shard-00000.safetensors"), "no shard of its own"),
     ],
 )
-def test_a_damaged_capture_is_refused_naming_the_file(made, tmp_path, fault, message):
+def test_a_damaged_capture_is_refused_naming_the_file(small, tmp_path, fault, message):
     folder = tmp_path / "c"
-    shutil.copytree(made, folder)
+    shutil.copytree(small, folder)
     fault(folder)
     with pytest.raises(ConfigurationError, match=message) as caught:
         Capture(folder)
@@ -107,10 +102,10 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("fault", MALFORMED)
-def test_a_capture_that_was_written_wrong_is_refused_naming_file_and_key(made, tmp_path, fault):
+def test_a_capture_that_was_written_wrong_is_refused_naming_file_and_key(small, tmp_path, fault):
     spoil, message = MALFORMED[fault]
     folder = tmp_path / "c"
-    shutil.copytree(made, folder)
+    shutil.copytree(small, folder)
     facts = json.loads((folder / MANIFEST).read_text())
     spoil(folder, facts)
     write_manifest(folder, facts, skip=(capture_folder.PROVENANCE, LOCK))
@@ -119,9 +114,9 @@ def test_a_capture_that_was_written_wrong_is_refused_naming_file_and_key(made, t
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
-def test_opening_a_capture_copies_no_tensor(made):
+def test_opening_a_capture_copies_no_tensor(small):
     """Its tensors are pages of the files: nothing of their size is allocated."""
-    found = Capture(made)
+    found = Capture(small)
     parts = found._files[0].get_tensor("ids"), found._files[0].get_tensor("ids")
     assert parts[0].data_ptr() == parts[1].data_ptr()
 
@@ -141,8 +136,8 @@ def rename(folder, name):
     (folder / MANIFEST).write_text(json.dumps(facts))
 
 
-def test_other_data_and_another_tokenizer_are_refused(made):
-    found, other = Capture(made), [*rows()[:3], {"prompt_ids": [1], "completion_ids": [2, 3]}]
+def test_other_data_and_another_tokenizer_are_refused(small):
+    found, other = Capture(small), [*rows()[:3], {"prompt_ids": [1], "completion_ids": [2, 3]}]
     found.check(tokenizer(), rows(), "train.jsonl")
     found.check(tokenizer(), rows()[2:5], "train.jsonl")  # a part of the data will do
     with pytest.raises(ConfigurationError, match=r"row 4 of train.jsonl"):
@@ -151,8 +146,8 @@ def test_other_data_and_another_tokenizer_are_refused(made):
         found.check(byte_level(), rows(), "train.jsonl")
 
 
-def test_a_row_is_named_by_its_place_in_the_data_where_rows_were_left_out(made):
+def test_a_row_is_named_by_its_place_in_the_data_where_rows_were_left_out(small):
     kept = [{"index": 2 * place, **row} for place, row in enumerate(rows()[:3])]
     other = {"index": 17, "prompt_ids": [1], "completion_ids": [2, 3]}
     with pytest.raises(ConfigurationError, match=r"row 18 of train.jsonl"):
-        Capture(made).check(tokenizer(), [*kept, other], "train.jsonl")
+        Capture(small).check(tokenizer(), [*kept, other], "train.jsonl")

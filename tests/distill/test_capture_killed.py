@@ -14,20 +14,15 @@ from retort.distill.capture import capture
 from retort.distill.captured import Capture
 from retort.errors import ConfigurationError
 from retort.manifest import MANIFEST
-from tests.distill.captures import SMALL, flip, make, rows, shards
+from tests.distill.captures import SMALL, flip, rows, shards
 from tests.distill.toys import llama, tokenizer
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("c") / "one")
 
 
 class Killed(BaseException):
     """Not an Exception, as a signal is none."""
 
 
-def test_a_capture_that_was_killed_three_times_is_the_unbroken_one(made, tmp_path, monkeypatch):
+def test_a_capture_that_was_killed_three_times_is_the_unbroken_one(small, tmp_path, monkeypatch):
     """Inside a shard, between a shard and its note, and before the manifest."""
     folder = tmp_path / "killed"
 
@@ -53,8 +48,8 @@ def test_a_capture_that_was_killed_three_times_is_the_unbroken_one(made, tmp_pat
         with pytest.raises(ConfigurationError, match="not finished"):
             Capture(folder)
     capture(llama(), tokenizer(), rows(), folder, SMALL)
-    assert shards(folder) == shards(made) and len(shards(made)) > 2
-    assert (folder / MANIFEST).read_bytes() == (made / MANIFEST).read_bytes()
+    assert shards(folder) == shards(small) and len(shards(small)) > 2
+    assert (folder / MANIFEST).read_bytes() == (small / MANIFEST).read_bytes()
     assert not list(folder.glob("*.partial*")) and not list(folder.glob(".shard*"))
 
 
@@ -105,9 +100,9 @@ def test_kill_nine_on_the_command_line_changes_no_bit(tmp_path):
     assert len(shards(tmp_path / "whole")) > 5
 
 
-def test_finished_shards_are_not_made_again_and_damaged_ones_are(made, tmp_path, monkeypatch):
+def test_finished_shards_are_not_made_again_and_damaged_ones_are(small, tmp_path, monkeypatch):
     folder, written = tmp_path / "c", []
-    shutil.copytree(made, folder)
+    shutil.copytree(small, folder)
     facts = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).unlink()
     files = facts.pop("files")
@@ -118,7 +113,7 @@ def test_finished_shards_are_not_made_again_and_damaged_ones_are(made, tmp_path,
         capture_folder, "_write_shard", lambda p, t: (written.append(p.name), real(p, t))
     )
     capture(llama(), tokenizer(), rows(), folder, SMALL)
-    assert written == ["shard-00001.safetensors"] and shards(folder) == shards(made)
+    assert written == ["shard-00001.safetensors"] and shards(folder) == shards(small)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"shards": 3}'])
