@@ -20,7 +20,8 @@ from torch import Tensor
 
 from retort.distill.batch import TrainingSequence, build_batch, stream_mask
 from retort.distill.config import DistillConfig
-from retort.distill.data import Encoding, end_tokens, tokenize
+from retort.distill.data import tokenize
+from retort.distill.encoding import Encoding, end_tokens
 from retort.distill.influence import layer_influence, most_influential
 from retort.distill.init import keep_layers
 from retort.distill.losses.dac import band_share, coverage, target_slots

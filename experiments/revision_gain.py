@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from retort.distill.data import Encoding, end_tokens, load_rows, tokenize
+from retort.distill.data import load_rows, tokenize
+from retort.distill.encoding import Encoding, end_tokens
 from retort.distill.init import cut_layers
 from retort.distill.sequences.writers import StudentWriter, WritingSettings
 from retort.evaluate.predictions import Example

@@ -14,7 +14,8 @@ from typing import Any
 
 from settings import Places, Settings
 
-from retort.distill.data import Encoding, end_tokens, load_rows, tokenize
+from retort.distill.data import load_rows, tokenize
+from retort.distill.encoding import Encoding, end_tokens
 from retort.models import zoo
 
 POOL = 32  # groups that are sorted together

@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 
 from retort.distill.batch import TrainingSequence, build_batch, stream_mask
-from retort.distill.data import Encoding, collate, end_tokens, load_rows, tokenize, until_eos
+from retort.distill.data import collate, load_rows, tokenize
+from retort.distill.encoding import Encoding, end_tokens, until_eos
 from retort.distill.losses import IGNORED
 from retort.errors import ConfigurationError
 from tests.distill.toys import llama, tokenizer, trainer

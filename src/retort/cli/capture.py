@@ -74,7 +74,8 @@ def capture(
     from retort.distill.capture import capture as run
     from retort.distill.capture import check_folder
     from retort.distill.capture_facts import CaptureSettings
-    from retort.distill.data import Encoding, end_tokens, load_rows, tokenize
+    from retort.distill.data import load_rows, tokenize
+    from retort.distill.encoding import Encoding, end_tokens
     from retort.models import zoo
 
     settings = CaptureSettings(top_k, batch_size, shard_tokens)

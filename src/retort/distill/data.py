@@ -14,31 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retort.distill.encoding import (
-    Encoding,
-    encoded,
-    end_tokens,
-    first_answer,
-    prompt_of,
-    until_eos,
-)
+from retort.distill.encoding import Encoding, encoded, first_answer
 from retort.errors import ConfigurationError
 from retort.train.rows import load_named, named_file, read_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-__all__ = [
-    "COLUMNS",
-    "Encoding",
-    "Example",
-    "collate",
-    "end_tokens",
-    "load_rows",
-    "prompt_of",
-    "tokenize",
-    "until_eos",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from typing import Any
 from retort.distill.capture_facts import data_hash
 from retort.distill.captured import Capture, checked_capture
 from retort.distill.config import DistillConfig, fixed_choices
-from retort.distill.data import Encoding, end_tokens, tokenize
+from retort.distill.data import tokenize
+from retort.distill.encoding import Encoding, end_tokens
 from retort.distill.parts import Models
 from retort.distill.remote_rows import answered, prompts_to_ask
 from retort.train import checkpoint

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from retort.distill.config import DistillConfig
-from retort.distill.data import Encoding, load_rows, prompt_of, tokenize
+from retort.distill.data import load_rows, tokenize
+from retort.distill.encoding import Encoding, prompt_of
 from retort.distill.remote import RemoteTeacher, served_model, write_texts
 
 API_KEY = "RETORT_TEACHER_API_KEY"
