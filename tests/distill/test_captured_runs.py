@@ -1,5 +1,7 @@
 """Training from a capture in place of a live teacher."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -54,3 +56,13 @@ def test_a_configuration_that_contradicts_a_capture_is_refused(tmp_path):
     for method, message in ("sft", "contradicts"), ("mgsr", "others written"):
         with pytest.raises(ConfigurationError, match=message):
             DistillConfig(output_dir=str(tmp_path), use_cpu=True, method=method, teacher_signal="x")
+
+
+def test_another_teachers_capture_in_the_same_place_is_another_run(tmp_path):
+    folder, values = captured_rows(tmp_path, llama(1)), {"method": "kd", "max_steps": 1}
+    values |= {"teacher_signal": str(folder), "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path / "run", **values).train()
+    shutil.rmtree(folder)
+    captured_rows(tmp_path, llama(3))
+    with pytest.raises(ConfigurationError, match=r"captured='hash .*this run has 'hash "):
+        trainer(tmp_path / "run", **values).train(resume_from_checkpoint=True)

@@ -6,6 +6,7 @@ All runs use real processes: `kill -9` reaches no Python code of ours.
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,6 +267,49 @@ def test_a_finished_run_is_left_as_it_is(parts, tmp_path):
     for name, value in final(folder).items():
         assert torch.equal(value, before[name])
     assert [line for line in log(folder) if "loss" in line] == [x for x in lines if "loss" in x]
+
+
+def test_a_finished_run_keeps_its_best_weights(parts, tmp_path):
+    """The worst acceptance is the "best" here, so that it is not the last checkpoint's."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_acceptance"}
+    best |= {"greater_is_better": False, "dataset_test_split": "train"}
+    best |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3}
+    folder = run(settings(parts, tmp_path, method="kd", **best))
+    before = final(folder)
+    assert any((final(folder / "checkpoint-3")[n] != v).any() for n, v in before.items())
+    run(settings(parts, tmp_path, method="kd", **best))
+    for name, value in final(folder).items():
+        assert torch.equal(value, before[name])
+
+
+def test_weights_alone_are_not_gone_on_from(parts, tmp_path):
+    values = {"method": "sft", "save_steps": 2, "max_steps": 4, "save_only_model": True}
+    folder = run(settings(parts, tmp_path, **values))
+    run(settings(parts, tmp_path, **values))  # it is finished
+    shutil.rmtree(folder / "checkpoint-4")
+    with pytest.raises(ConfigurationError, match="checkpoint-2 holds no optimiser"):
+        run(settings(parts, tmp_path, **values))
+
+
+def test_resuming_may_be_said_and_forbidden(parts, tmp_path):
+    values = {"method": "sft", "save_steps": 1, "max_steps": 1}
+    folder = run(settings(parts, tmp_path, **values, resume_from_checkpoint="False"))
+    assert run(settings(parts, tmp_path, **values, resume_from_checkpoint="true")) == folder
+    with pytest.raises(ConfigurationError, match=r"checkpoint-1 is there.*another output_dir"):
+        run(settings(parts, tmp_path, **values, resume_from_checkpoint="False"))
+
+
+@pytest.mark.parametrize("damage", [b'{"x": 1}\n', b"\xff\xfe\n", b"\0\0\n[3]\n"])
+def test_a_damaged_log_does_not_end_a_run(parts, tmp_path, damage):
+    values = {"method": "sft", "save_steps": 2, "max_steps": 4}
+    folder = run(settings(parts, tmp_path, **values))
+    whole = log(folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    path = folder / "training.jsonl"
+    path.write_bytes(path.read_bytes() + damage)
+    run(settings(parts, tmp_path, **values))
+    steps = [[x["loss"] for x in lines if "loss" in x] for lines in (whole, log(folder))]
+    assert steps[0] == steps[1] and len(steps[0]) == 4
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(parts, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -37,6 +39,12 @@ class Capture:
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._places
+
+    @property
+    def content(self) -> str:
+        """Hash of all shards' hashes: another teacher's capture in the same place differs."""
+        hashes = json.dumps(self.facts["files"], sort_keys=True)
+        return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
     def check(self, tokenizer: Any, rows: Rows, origin: str) -> None:
         """Refuse a capture of another tokenizer, or one that lacks a row of the data ``origin``."""

@@ -139,14 +139,20 @@ FREE = (
 _EVALUATED = ("dataset_test_split", "eval_dataset_name", "max_eval_rows")
 
 _SHARED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+# A loaded optimiser and its schedule keep, or mix with, the values that they were saved with.
+_OPTIMISED = (
+    *("learning_rate", "optim", "optim_args", "optim_target_modules", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16"),
+)
 
 
 def fixed_choices(config: DistillConfig) -> dict[str, Any]:
     """What a run and its continuation share: every option but `FREE`, and the resolved recipe.
 
-    Evaluations may change too, where no scheduler follows them.
+    Evaluations may change too, where no scheduler follows them; so may the end of the run.
     """
     free = FREE if config.recipe.adaptive else FREE + _EVALUATED
     names = [name for kind in _OPTIONS for name in kind.__annotations__ if name not in free]
-    given = {name: getattr(config, name) for name in (*names, *_SHARED)}
+    given = {name: getattr(config, name) for name in (*names, *_SHARED, *_OPTIMISED)}
     return given | {key: getattr(config.recipe, key) for key in KEYS}

@@ -56,9 +56,10 @@ class Preparation:
             self.train = self._tokenized(answered(self.prompts, self.config), "train_dataset")
 
     def fixed(self) -> dict[str, Any]:
-        """What a run and its continuation share; the rows, too, as far as they are known."""
+        """What a run and its continuation share; rows and captured signal too, where known."""
         rows = {} if self.train is None else {"train_rows": self._rows}
-        return {**fixed_choices(self.config), **rows}
+        signal = {} if self.capture is None else {"captured": f"hash {self.capture.content}"}
+        return {**fixed_choices(self.config), **rows, **signal}
 
     @cached_property
     def _rows(self) -> str:

@@ -17,7 +17,7 @@ from retort.distill.spans import check_chunker
 from retort.distill.trainer import DistillTrainer
 from retort.errors import ConfigurationError
 from retort.train import checkpoint
-from retort.train.running import train_to_end
+from retort.train.running import named_start, train_to_end
 
 
 def run(config: DistillConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -96,7 +96,7 @@ def _check_decodes(name: str, trust_remote_code: bool) -> None:
 
 def _start(config: DistillConfig) -> Path | None:
     """Where `train_to_end` will go on, which alone hashes it in full."""
-    named = config.resume_from_checkpoint
+    named = named_start(config)
     if named is not None:
         return checkpoint.require(named, full=False)
     return checkpoint.newest(str(config.output_dir), full=False)

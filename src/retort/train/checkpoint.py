@@ -32,6 +32,7 @@ TENSORS = "run_state.safetensors"
 LOCK = ".lock"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial"
+_SCHEDULER = "scheduler.pt"
 
 
 def newest(folder: str | Path, full: bool = True) -> Path | None:
@@ -155,6 +156,18 @@ def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
                 f"{folder} was made with {name}={before[name]!r}, this run has {value!r}: "
                 "choose another output_dir, or the same arguments"
             )
+
+
+def require_optimizer(folder: str | Path) -> None:
+    """Refuse to train on from a checkpoint of weights alone: the optimiser would start anew.
+
+    Raises ConfigurationError.
+    """
+    if not (Path(folder) / _SCHEDULER).is_file():
+        raise ConfigurationError(
+            f"{folder} holds no optimiser (save_only_model): training cannot go on from it; "
+            "choose another output_dir"
+        )
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the resolved arguments, as YAML, start the same run again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class RunLog:
         """Begin or go on at optimiser step ``step``: what was logged after it is dropped."""
         if not self.enabled:
             return
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        kept = [line for line in self._lines() if _step(line) <= step]
         settings = yaml.safe_dump(dict(arguments), sort_keys=True)
         provenance = Provenance.collect(arguments, {"seed": seed})
         with writing(self.folder):
@@ -57,4 +58,13 @@ class RunLog:
         path = self.folder / LOG
         if not path.is_file():
             return []
-        return [line for line in path.read_text("utf-8").splitlines(True) if line.endswith("\n")]
+        lines = path.read_text("utf-8", errors="replace").splitlines(True)
+        return [line for line in lines if line.endswith("\n")]
+
+
+def _step(line: str) -> float:
+    """The optimiser step of a record; one that cannot be read belongs to no step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
+        return math.inf

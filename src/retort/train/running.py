@@ -6,9 +6,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from retort.disk import writing
+from retort.errors import ConfigurationError
 from retort.train import checkpoint
 
 
@@ -23,7 +24,7 @@ def train_to_end(trainer: Trainer, finish: Callable[[Path], None], quiet: bool =
     for theirs in (PrinterCallback, ProgressCallback) if quiet else ():
         trainer.remove_callback(theirs)
     with checkpoint.alone(folder) if trainer.args.should_save else nullcontext():
-        start = trainer.args.resume_from_checkpoint or checkpoint.newest(folder)
+        start = named_start(trainer.args) or checkpoint.newest(folder)
         if trainer.args.should_save:
             checkpoint.clean(folder)  # under the lock: it may be another run's that is being filled
         trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -31,3 +32,18 @@ def train_to_end(trainer: Trainer, finish: Callable[[Path], None], quiet: bool =
         with writing(folder):
             trainer.save_state()
     return folder
+
+
+def named_start(args: TrainingArguments) -> str | None:
+    """The checkpoint that ``resume_from_checkpoint`` names; "true", our default, names none.
+
+    Raises ConfigurationError for "false" where there is one that would be gone on from.
+    """
+    given, folder = args.resume_from_checkpoint, Path(args.output_dir or "")
+    word = str(given).lower()
+    if word == "false" and (found := checkpoint.newest(folder, full=False)) is not None:
+        raise ConfigurationError(
+            f"resume_from_checkpoint is false and {found} is there, from which a run on this "
+            "folder goes on: choose another output_dir"
+        )
+    return None if given is None or word in ("true", "false") else given

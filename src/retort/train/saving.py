@@ -68,6 +68,8 @@ class WholeCheckpointTrainer(Trainer):
             checkpoint.check_same_run(start, self.fixed())
         if start is not None and 0 < self.args.max_steps <= checkpoint.step_of(start):
             return self._take_finished(start)
+        if start is not None and not self.is_deepspeed_enabled:
+            checkpoint.require_optimizer(start)
         return super().train(start, trial, ignore_keys_for_eval)
 
     def _take_finished(self, start: str) -> TrainOutput:
@@ -75,6 +77,8 @@ class WholeCheckpointTrainer(Trainer):
         self._load_from_checkpoint(start)
         self._restore_from(Path(start))
         self.state = TrainerState.load_from_json(str(Path(start) / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
         losses = [record["loss"] for record in self.state.log_history if "loss" in record]
         return TrainOutput(self.state.global_step, losses[-1] if losses else float("nan"), {})
 
