@@ -1,10 +1,12 @@
 """Two optimiser steps of a 1.3B DenseRetNet student with random weights, and the peak memory.
 
-    python bench/scale.py --output bench-scale.json
+    python bench/scale.py --prompts dolly_valid.jsonl --output bench-scale.json
+    python bench/scale.py --prompts dolly_valid.jsonl --rank 0 --output bench-scale-full.json
 
 The student has the published 1.3B sizes (hidden 2560, keys 1280, 4 heads, 25 layers, m = 2) in
-bf16, with LoRA on its projections; a small teacher with the same vocabulary. Both steps are mgsr's:
-the student writes, the teacher revises, all terms are trained. Peak memory is the process' own.
+bf16, with LoRA on its projections or all weights trained; the teacher is a real model. Both steps
+are mgsr's: the student writes, the teacher revises, all terms are trained. Peak memory is the
+process' own.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from retort import DenseRetNetConfig, DenseRetNetForCausalLM, DistillConfig, DistillTrainer
 from retort.models import zoo
@@ -32,19 +34,19 @@ SIZES = {
     "intermediate_k_select_scale": 16,
     "intermediate_v_select_scale": 8,
 }
-ROWS = ["Name three rivers.", "What is tin used for?", "Who wrote Faust?", "How do bees see?"]
+QUESTIONS = ["Name three rivers.", "What is tin used for?", "Who wrote Faust?", "How do bees see?"]
 
 
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    tokenizer = zoo.load_tokenizer(options.tokenizer)
+    tokenizer = zoo.load_tokenizer(options.model)
     student = build_student(options, len(tokenizer))
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
     total = sum(p.numel() for p in student.parameters())
     print(f"student: {total / 1e9:.2f}e9 weights, {trainable / 1e6:.1f}e6 trained", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(options, student, build_teacher(len(tokenizer)), tokenizer, folder)
+        trainer = build_trainer(options, student, tokenizer, folder)
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
@@ -52,7 +54,8 @@ def main() -> None:
     logged = [line for line in map(json.loads, lines) if "loss" in line]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{len(logged)} steps in {seconds:.0f} s, peak {peak / 1e9:.1f} GB", flush=True)
-    record = Provenance.collect(vars(options)).to_dict() | {"command": []}
+    places = {"prompts": options.prompts and options.prompts.name, "output": None}
+    record = Provenance.collect(vars(options) | places).to_dict() | {"command": []}
     write_json(
         options.output,
         {
@@ -68,11 +71,14 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", default="smollm2-135m-instruct")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="the teacher")
+    parser.add_argument("--prompts", type=Path, help="JSONL with prompt and reference")
     parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
     parser.add_argument("--rank", type=int, default=8, help="of LoRA; 0 trains everything")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path("bench-scale.json"))
     return parser.parse_args()
@@ -93,27 +99,26 @@ def build_student(options: argparse.Namespace, vocabulary: int) -> torch.nn.Modu
     return get_peft_model(model, LoraConfig(r=options.rank, target_modules="all-linear"))
 
 
-def build_teacher(vocabulary: int) -> torch.nn.Module:
-    """A small llama."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+def build_rows(options: argparse.Namespace) -> list[dict[str, str]]:
+    """As many rows as the steps take."""
+    count = options.steps * options.batch_size
+    if options.prompts is None:
+        rows = [{"prompt": row, "completion": " I do not know yet."} for row in QUESTIONS]
+        return (rows * count)[:count]
+    with options.prompts.open(encoding="utf-8") as file:
+        found = [json.loads(line) for _, line in zip(range(count), file, strict=False)]
+    return [{"prompt": row["prompt"], "completion": row["reference"]} for row in found]
 
 
 def build_trainer(
-    options: argparse.Namespace, student, teacher, tokenizer: AutoTokenizer, folder: str
+    options: argparse.Namespace, student: torch.nn.Module, tokenizer: AutoTokenizer, folder: str
 ) -> DistillTrainer:
     args = DistillConfig(
         output_dir=folder,
         method="mgsr",
         max_steps=options.steps,
-        per_device_train_batch_size=2,
-        max_length=128,
+        per_device_train_batch_size=options.batch_size,
+        max_length=options.max_length,
         max_completion_length=options.new_tokens,
         scrg_warmup_steps=0,
         learning_rate=1e-4,
@@ -126,8 +131,8 @@ def build_trainer(
     return DistillTrainer(
         model=student,
         args=args,
-        teacher_model=teacher,
-        train_dataset=[{"prompt": row, "completion": " I do not know yet."} for row in ROWS],
+        teacher_model=zoo.load_model(options.model, dtype="bfloat16"),
+        train_dataset=build_rows(options),
         processing_class=tokenizer,
     )
 

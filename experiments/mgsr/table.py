@@ -4,7 +4,8 @@
 
 Mean ± standard deviation over seeds of the five-set average, each set's mean, and the paired
 bootstrap of every method's scores against mgsr's on the same prompts and seeds; the names are links
-to the cells' records. Below stands the joint claim, where it was measured.
+to the cells' records. Below stand what each part of mgsr adds to those before it, and the joint
+claim, where they were measured.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,6 +24,7 @@ from retort.evaluate.significance import paired_bootstrap
 
 Records = dict[str, list[dict[str, Any]]]
 REFERENCE = "mgsr"
+PARTS = ("ablation none", "ablation scrg", "ablation scrg+dac", REFERENCE)
 
 
 def markdown(results: Path) -> str:
@@ -29,9 +32,18 @@ def markdown(results: Path) -> str:
     groups = load(results)
     head = ["run", "seeds", "rate", "average", *SETS, f"difference to {REFERENCE} [95 %]"]
     text = _table(head, [row(label, groups) for label in groups])
+    if all(label in groups for label in PARTS):
+        text += "\n" + parts_table(groups)
     for path in sorted(results.glob("joint-*.json")):
         text += "\n" + joint_table(path)
     return text
+
+
+def parts_table(groups: Records) -> str:
+    """What each part adds to the ones before it."""
+    pairs = pairwise(PARTS)
+    rows = [[new, old, difference(groups[new], groups[old])] for old, new in pairs]
+    return _table(["run", "against", "difference [95 %]"], rows)
 
 
 def joint_table(path: Path) -> str:
@@ -101,16 +113,28 @@ def row(label: str, groups: Records) -> list[str]:
 
 
 def difference(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
-    """Paired bootstrap over prompts of the seeds that both have; sets weigh by their prompts."""
-    ours = {r["seed"]: r for r in reference}
-    shared = [r for r in records if r["seed"] in ours and r is not ours[r["seed"]]]
+    """Paired bootstrap over prompts, each the mean of the seeds that both have.
+
+    A prompt's seeds are drawn together: they share what is hard about the prompt. Sets weigh by
+    their prompts.
+    """
+    ours, theirs = by_seed(reference), by_seed(records)
+    shared = [seed for seed in theirs if seed in ours and ours[seed] is not theirs[seed]]
     if not shared:
         return "–"
-    first = [s for r in shared for s in scores(ours[r["seed"]])]
-    second = [s for r in shared for s in scores(r)]
-    found = paired_bootstrap(first, second, samples=2000)
+    found = paired_bootstrap(*(prompt_means([runs[s] for s in shared]) for runs in (ours, theirs)))
     verdict = "" if found.separable else ", not separable"
     return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{verdict}"
+
+
+def by_seed(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """A label's records."""
+    return {record["seed"]: record for record in records}
+
+
+def prompt_means(records: list[dict[str, Any]]) -> list[float]:
+    """Each prompt's mean score over some seeds."""
+    return [mean(each) for each in zip(*map(scores, records), strict=True)]
 
 
 def scores(record: dict[str, Any]) -> list[float]:

@@ -127,6 +127,7 @@ MIXES = {
         "replay_buffer_size": 4,
     },
     "distillm2": {"method": "distillm2"},
+    "rows grouped by length": {"train_sampling_strategy": "group_by_length"},
     "speculative KD": {"method": "skd"},
     "answers while evaluating, and samples": {
         "predict_with_generate": True,

@@ -29,6 +29,7 @@ from retort.distill.evaluation import HeldOut, watched
 from retort.distill.hidden import HeadlessModel
 from retort.distill.init import disable_dropout
 from retort.distill.objective import Objective
+from retort.distill.ordering import GroupedByLength
 from retort.distill.packing import require_packing
 from retort.distill.parts import find_models
 from retort.distill.preparation import prepare
@@ -121,6 +122,14 @@ class DistillTrainer(WholeCheckpointTrainer):
             sharded=self.is_fsdp_enabled,
             share=self._gathered,
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(rows)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(rows, step, seed)
 
     # A training step
 

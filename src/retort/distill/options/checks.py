@@ -79,6 +79,8 @@ def _choices(config: DistillConfig) -> Iterator[tuple[str, bool, str]]:
     yield "span_distance", config.span_distance in distances, f"use one of {distances}"
     known = config.student_type in (None, "dense_retnet", "dense_mamba")
     yield "student_type", known, "use 'dense_retnet', 'dense_mamba', or leave it out"
+    steady = config.train_sampling_strategy != "batch_rebalance"
+    yield "train_sampling_strategy", steady, "batches have a fixed size: use 'group_by_length'"
 
 
 def _use(names: tuple[str, str]) -> str:
