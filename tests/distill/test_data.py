@@ -280,3 +280,70 @@ def test_several_processes_tokenise_alike(tmp_path):
         trainer(tmp_path, method="sft", dataset_num_proc=n).train_dataset for n in (None, 2)
     )
     assert one[:] == two[:]
+
+
+def test_a_text_with_end_tokens_inside_is_learned_to_its_end(tmp_path):
+    """As chats that a template has written already, or documents one after the other."""
+    chat = "Hi<eos>you<eos>and so on"
+    rows = [{"text": chat}, {"text": f"{chat}<eos>"}]
+    assert texts(rows) == [("H", f"{chat[1:]}<eos>")] * 2
+
+
+def test_a_row_of_text_among_prompts_is_not_written_after(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"text": "hello"}]
+    assert len(trainer(tmp_path, method="kd", rows=rows).train_dataset) == 2
+    with pytest.raises(ConfigurationError, match="row 2: column 'prompt' is empty"):
+        trainer(tmp_path, method="mgsr", rows=rows)
+
+
+def test_a_byte_order_mark_and_dos_line_ends_are_read(tmp_path):
+    (tmp_path / "dos.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n')
+    assert load_rows(str(tmp_path / "dos.jsonl"))[:] == {"prompt": ["a"], "completion": ["b"]}
+
+
+USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"prompt": "a", "prompt": "c", "completion": "b"}', "key 'prompt' twice"),
+        (r'{"prompt": "a\ud800", "completion": "b"}', "a lone surrogate is no Unicode text"),
+        ('{"prompt": ' + "[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_rows_that_other_readers_would_change_are_named(tmp_path, row, said):
+    path = write(tmp_path / "r.jsonl", {"prompt": "a", "completion": "b"}, row)
+    with pytest.raises(ConfigurationError, match=f"r.jsonl, row 2: .*{said}"):
+        load_rows(path)
+
+
+def test_a_pair_of_surrogates_is_one_character(tmp_path):
+    path = write(tmp_path / "r.jsonl", r'{"prompt": "\ud83d\ude00", "completion": "b"}')
+    assert load_rows(path)["prompt"][0] == "\U0001f600"
+
+
+def test_messages_of_unlike_parts_are_named(tmp_path):
+    parts = {"role": "user", "content": [{"type": "text", "text": "Q"}]}
+    path = write(tmp_path / "r.jsonl", {"messages": [USER, ANSWER]}, {"messages": [parts, ANSWER]})
+    with pytest.raises(ConfigurationError, match="row 2: 'content' in column 'messages'"):
+        load_rows(path)
+
+
+def test_rows_in_python_may_have_their_columns_where_they_like():
+    rows = [{"prompt": "a", "reference": ["b", "x"]}, {"prompt": "c", "completion": "d"}]
+    assert texts(rows) == [("a", "b<eos>"), ("c", "d<eos>")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ({"train": [{"prompt": "a"}]}, r"train_dataset is \['train'\]: give one"),
+        ((row for row in [{"prompt": "a"}]), "train_dataset is a stream"),
+        (["a"], "train_dataset: expected rows with named columns, got 'a'"),
+        ([{"prompt": "a\ud800", "completion": "b"}], "train_dataset: the rows make no table"),
+    ],
+)
+def test_what_are_no_rows_is_said(tmp_path, rows, said):
+    with pytest.raises(ConfigurationError, match=said):
+        trainer(tmp_path, method="kd", rows=rows)

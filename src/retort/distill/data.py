@@ -9,7 +9,7 @@ its first. How one row becomes ids is in `retort.distill.encoding`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,10 +58,14 @@ def tokenize(rows: Any, encoding: Encoding, num_proc: int | None = None) -> Data
     """
     from datasets import Dataset
 
+    if not hasattr(rows, "__len__"):
+        raise ConfigurationError(
+            f"{encoding.origin} is a stream: its rows are counted before training, so load it whole"
+        )
     if not len(rows):
         raise ConfigurationError(f"{encoding.origin} is empty: give at least one row")
     if not isinstance(rows, Dataset):
-        rows = Dataset.from_list([{k: row[k] for k in COLUMNS if k in row} for row in rows])
+        rows = _table(rows, encoding.origin)
     _check_columns(rows.column_names, encoding)
     made = rows.map(
         lambda row, index: encoded(row, index, encoding),
@@ -79,20 +83,31 @@ def collate(features: Sequence[dict[str, Any]]) -> dict[str, list[Example]]:
 
 
 def _read_jsonl(path: Path) -> Dataset:
+    return _table(read_jsonl(path), path.name)
+
+
+def _table(rows: Sequence[Any], origin: str) -> Dataset:
+    """The columns that are read, of all rows, whichever has them."""
     from datasets import Dataset
 
-    rows = read_jsonl(path)
+    if strange := next((row for row in rows if not isinstance(row, Mapping)), None):
+        raise ConfigurationError(f"{origin}: expected rows with named columns, got {strange!r:.60}")
     columns = [c for c in COLUMNS if any(c in row for row in rows)]
     if rows and not columns:
-        raise ConfigurationError(_missing(path.name, sorted(rows[0])))
+        raise ConfigurationError(_missing(origin, sorted(rows[0])))
     plain = [{c: first_answer(row.get(c)) for c in columns} for row in rows]
-    _check_alike(plain, path.name)
-    return Dataset.from_list(plain)
+    _check_alike(plain, origin)
+    try:
+        return Dataset.from_list(plain)
+    except (ValueError, TypeError) as error:  # pyarrow's are of both kinds
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{origin}: the rows make no table ({reason})") from error
 
 
 def _check_alike(rows: Sequence[dict[str, Any]], origin: str) -> None:
     """Refuse columns that are text in one row and messages in another, or neither."""
     kinds: dict[str, type] = {}
+    contents: dict[tuple[str, str], type] = {}
     for number, row in enumerate(rows, start=1):
         for column, value in row.items():
             if value is None:
@@ -107,6 +122,20 @@ def _check_alike(rows: Sequence[dict[str, Any]], origin: str) -> None:
                     f"{origin}, row {number}: column {column!r} is text in some rows and chat "
                     "messages in others; make them alike"
                 )
+            for name, kind in _parts_of(value) if messages else ():
+                if contents.setdefault((column, name), kind) is not kind:
+                    raise ConfigurationError(
+                        f"{origin}, row {number}: {name!r} in column {column!r} is of another type "
+                        "than in the rows before; make them alike"
+                    )
+
+
+def _parts_of(messages: Any) -> Iterator[tuple[str, type]]:
+    """Name and type of everything in ``messages``; numbers are of one type."""
+    for message in messages:
+        for name, value in message.items():
+            if value is not None:
+                yield name, float if type(value) is int else type(value)
 
 
 def _check_columns(names: Sequence[str], encoding: Encoding) -> None:

@@ -1,8 +1,9 @@
 """One row of a dataset to prompt and completion ids, with errors that name the row and the column.
 
 Prompt and completion are encoded apart, since the student writes after the prompt's ids. A
-completion ends with its first end-of-sequence token, which is learned like any other. Which rows
-there are is said in `retort.distill.data`.
+completion ends with its first end-of-sequence token, which is learned like any other; a row of
+text is learned to its end, since it may hold a conversation or several documents. Which rows there
+are is said in `retort.distill.data`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def encoded(row: dict[str, Any], index: int, encoding: Encoding) -> dict[str, An
     """
     where = f"{encoding.origin}, row {index + 1}"
     if row.get("prompt") is None and not row.get("messages"):
-        return {"index": index, **_encode_whole(row.get("text"), encoding, where)}
+        text = row.get("text") if encoding.whole else None
+        return {"index": index, **_encode_whole(text, encoding, where)}
     prompt, completion, column = _parts(row, where, encoding)
     if isinstance(prompt, str):
         prompt_ids, completion_ids = _encode_text(prompt, completion, encoding)
@@ -101,12 +103,14 @@ def end_tokens(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
 
 
 def _encode_whole(text: Any, encoding: Encoding, where: str) -> dict[str, list[int]]:
-    """The first token stands for the prompt; the end token is learned like any other."""
+    """The first token stands for the prompt; end tokens, inside too, are learned like any other."""
     _need(text, where, "prompt" if text is None else "text")
-    ids = [*encoding.tokenizer(text)["input_ids"], encoding.eos_ids[0]][: encoding.max_length]
-    if len(ids) < 2:
+    ids = list(encoding.tokenizer(text)["input_ids"])
+    if len(ids) < 2 or ids[-1] not in encoding.eos_ids:
+        ids.append(encoding.eos_ids[0])
+    if len(ids[: encoding.max_length]) < 2:
         raise ConfigurationError(f"{where}: max_length={encoding.max_length} leaves no token")
-    return {"prompt_ids": ids[:1], "completion_ids": until_eos(ids[1:], encoding.eos_ids)}
+    return {"prompt_ids": ids[:1], "completion_ids": ids[1 : encoding.max_length]}
 
 
 def _parts(row: dict[str, Any], where: str, encoding: Encoding) -> tuple[Any, Any, str]:

@@ -18,6 +18,7 @@ from retort.distill.data import tokenize
 from retort.distill.encoding import Encoding, end_tokens
 from retort.distill.parts import Models
 from retort.distill.remote_rows import answered, prompts_to_ask
+from retort.errors import ConfigurationError
 from retort.train import checkpoint
 
 
@@ -44,6 +45,10 @@ class Preparation:
 
     def add_rows(self, train: Any, evaluation: Any) -> None:
         """Tokenise what was given; raises ConfigurationError naming a row that does not fit."""
+        if isinstance(train, dict):
+            raise ConfigurationError(
+                f"train_dataset is {sorted(train)}: give one of these data sets"
+            )
         self.evaluation = self._tokenized(evaluation, "eval_dataset")
         if train is not None and self.config.teacher_url is not None:
             self.prompts = prompts_to_ask(train, self.config, self._encoding("train_dataset"))

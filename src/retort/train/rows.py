@@ -34,7 +34,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSONL file. Raises ConfigurationError naming the row that is none."""
     rows = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # Windows writes a mark before the first row
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     rows.append(_parsed(line, f"{path.name}, row {number}"))
@@ -62,9 +62,22 @@ def load_named(name: str, split: str, config: str | None = None) -> Dataset:
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line, object_pairs_hook=_once_each)
+        if "\\ud" in line.lower():  # half a surrogate pair, which no tokenizer takes
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{where}: a lone surrogate is no Unicode text") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise ConfigurationError(f"{where}: expected an object with named columns")
     return row
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: of two, one would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} twice")
+    return made
