@@ -36,7 +36,12 @@ from retort.models.mamba_config import DenseMambaConfig
 from retort.models.mamba_mixer import STARTS_AT_ZERO, DenseMambaBlock, DenseMambaMixer
 from retort.models.mamba_native import SILU, NativePass, native_layers, run_layers, serves
 from retort.models.mamba_passes import MambaPass, RescanPass, StatePass, real_sequences
-from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
+from retort.models.recurrent import (
+    RecurrentGeneration,
+    RecurrentModel,
+    sequence_starts,
+    with_logits,
+)
 from retort.ops.elementwise import core_arithmetic
 from retort.ops.segments import cut
 
@@ -275,17 +280,7 @@ class DenseMambaForCausalLM(DenseMambaPreTrainedModel, RecurrentGeneration, Gene
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        return with_logits(self, outputs, labels, logits_to_keep, kwargs)
 
     @classmethod
     def from_mamba(cls, source: Any, **changes: Any) -> DenseMambaForCausalLM:

@@ -24,7 +24,12 @@ from retort.cache.retention import RetentionRowCache, RetentionShape
 from retort.errors import ConfigurationError
 from retort.models.carried import CarriedRetention, RetentionState
 from retort.models.dense import FeatureWindow, RMSNorm
-from retort.models.recurrent import RecurrentGeneration, RecurrentModel, sequence_starts
+from retort.models.recurrent import (
+    RecurrentGeneration,
+    RecurrentModel,
+    sequence_starts,
+    with_logits,
+)
 from retort.models.retnet_config import DenseRetNetConfig
 from retort.models.retnet_layer import DenseRetNetLayer, RetentionPass
 from retort.models.retnet_native import native_layers, run_layers, whole_call
@@ -255,17 +260,7 @@ class DenseRetNetForCausalLM(DenseRetNetPreTrainedModel, RecurrentGeneration, Ge
             states_to_keep=logits_to_keep,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        return with_logits(self, outputs, labels, logits_to_keep, kwargs)
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What our recurrent models share: caches by name and shape, packed input, generation.
+"""What our recurrent models share: caches by name and shape, packed input, generation, the head.
 
 A model adds `RecurrentModel` to its pre-trained base class and defines ``row_cache`` (the class
 of its caches), ``carried_state`` (the class of states that the caller carries) and
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from retort.cache.recurrent import RecurrentRowCache
@@ -160,6 +161,27 @@ class RecurrentGeneration(GenerationMixin):
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_row_cache()  # type: ignore[attr-defined]
+
+
+def with_logits(
+    model: Any,
+    outputs: Any,
+    labels: Tensor | None,
+    logits_to_keep: int | Tensor,
+    loss_options: dict[str, Any],
+) -> CausalLMOutputWithPast:
+    """What ``model`` with its ``lm_head`` answers, from the ``outputs`` of its backbone."""
+    keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = model.lm_head(outputs.last_hidden_state[:, keep])
+    loss = None
+    if labels is not None:
+        loss = model.loss_function(logits, labels, model.config.vocab_size, **loss_options)
+    return CausalLMOutputWithPast(
+        loss=loss,
+        logits=logits,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+    )
 
 
 def refuse_unfit(source: Any, model: Any, info: dict[str, Any]) -> None:
