@@ -120,6 +120,7 @@ def build_trainer(
         per_device_train_batch_size=options.batch_size,
         max_length=options.max_length,
         max_completion_length=options.new_tokens,
+        gradient_checkpointing=True,
         scrg_warmup_steps=0,
         learning_rate=1e-4,
         logging_steps=1,

@@ -55,7 +55,7 @@ ENGINES: dict[str, tuple[type[Engine], Options]] = {
     "hopeless model": (Engine, {"drafter": hopeless_model}),
     "draft model": (Engine, {"drafter": DRAFT_MODEL}),
     "draft model k=4": (Engine, {"drafter": DRAFT_MODEL, "draft_budget": 4}),
-    "unpadded k=7": (Engine, {"drafter": LOOKUP, "draft_budget": 7}),
+    **{f"unpadded k={k}": (Engine, {"drafter": LOOKUP, "draft_budget": k}) for k in (1, 2, 4, 7)},
     # The padded method runs layer by layer in PyTorch: this is the arm that differs in padding only
     "unpadded k=7 unfused": (
         Engine,
