@@ -235,6 +235,42 @@ def test_from_standard_input_to_standard_output(folder, monkeypatch, capfdbinary
     assert [r["prompt"] for r in found] == ["the cat", "the old house", "don't"]
 
 
+def test_prompts_of_the_command_line_go_to_a_file_as_they_stand(folder, tmp_path, capfd):
+    out, texts = tmp_path / "out.jsonl", ["the\ncat", '{"prompt": "dog"}', " \n", "\u2028the"]
+    flags = [flag for text in texts for flag in ("-p", text)]
+    assert cli.run(["generate", str(folder), *flags, "-o", str(out), *FIXED]) == 0
+    found = [json.loads(line) for line in out.read_bytes().splitlines()]
+    assert [r["prompt"] for r in found] == texts
+    with tiny.load_engine(folder, drafter=None) as engine:
+        outputs = engine.generate(texts, max_new_tokens=8)
+    assert [r["token_ids"] for r in found] == [o.token_ids for o in outputs]
+
+
+@pytest.mark.parametrize("text", ["", "\udcff"])
+def test_a_prompt_of_the_command_line_that_is_no_text_is_named(folder, tmp_path, capfd, text):
+    out = tmp_path / "out.jsonl"
+    assert cli.run(["generate", str(folder), "-p", text, "-o", str(out), *FIXED]) == 2
+    assert "line 1" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_lone_surrogates_end_no_run(run, tmp_path):
+    rows = [
+        {"id": "\ud800", "prompt": "the cat"},
+        {"id": "a", "prompt": "the \ud800"},
+        {"id": "b", "messages": [{"role": "\ud800", "content": "x"}]},
+        {**batch(0, seed=1), "custom_id": "\udfff"},
+        {**batch(1), "custom_id": "\udffe"},
+    ]
+    code, found, said = run(rows, "--on-error", "skip")
+    assert code == 0 and said.count(" passed over: ") == 2
+    assert [r.get("id") if i < 1 else r["custom_id"] for i, r in enumerate(found)] == [
+        *("\ud800", "\udfff", "\udffe")
+    ]
+    before = (tmp_path / "out.jsonl").read_bytes()
+    code, found, said = run(rows, "--on-error", "skip")
+    assert code == 0 and (tmp_path / "out.jsonl").read_bytes() == before
+
+
 def batch(i, url="/v1/chat/completions", **body):
     message = {"messages": [{"role": "user", "content": f"the cat {i}"}]}
     given = message if "chat" in url else {"prompt": f"the cat {i}"}

@@ -56,6 +56,18 @@ def test_the_field_at_fault_is_named(body, param):
     assert caught.value.status == 400 and caught.value.param == param
 
 
+@pytest.mark.parametrize("slashes", range(1, 7))
+def test_nul_is_refused_and_its_spelling_is_text(slashes):
+    """In JSON ``\\\\u0000`` is a backslash and five characters."""
+    body = b'{"prompt": "a' + b"\\" * slashes + b'u0000"}'
+    if slashes % 2:
+        with pytest.raises(ApiError, match="U\\+0000"):
+            parse(body, CompletionRequest)
+    else:
+        text = "a" + "\\" * (slashes // 2) + "u0000"
+        assert parse(body, CompletionRequest).prompt == text
+
+
 def test_messages_need_a_known_role():
     with pytest.raises(ApiError, match="role"):
         parse(b'{"messages": [{"role": "x", "content": "y"}]}', ChatRequest)

@@ -79,7 +79,8 @@ class OpenAIBatch:
         custom_id = row.get("custom_id")
         if not isinstance(custom_id, str) or not custom_id:
             return BadLine(number, "has no custom_id")
-        if row.get("method", "POST") != "POST" or row["url"] not in _KINDS:
+        known = isinstance(row["url"], str) and row["url"] in _KINDS
+        if row.get("method", "POST") != "POST" or not known:
             return BadLine(number, f"is not a POST to {' or '.join(_KINDS)}")
         place = _Place(custom_id, asked(json.dumps([row["url"], row["body"]], sort_keys=True)))
         try:
@@ -108,7 +109,9 @@ class OpenAIBatch:
     async def _job(self, kind: Any, custom_id: str, body: Any) -> Job:
         spec = parse(json.dumps(body).encode(), kind)
         if spec.seed is None:
-            spec = msgspec.structs.replace(spec, seed=zlib.crc32(custom_id.encode()))
+            spec = msgspec.structs.replace(
+                spec, seed=zlib.crc32(custom_id.encode("utf-8", "surrogatepass"))
+            )
         if spec.stream:
             raise bad("stream: a line of a batch has one answer", "stream", "unsupported")
         if isinstance(spec, ChatRequest):

@@ -179,4 +179,8 @@ def _known(path: Path, number: int, line: bytes) -> dict[str, str]:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    """A row in UTF-8; one whose id holds half a surrogate pair in ASCII, so that it is found."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(row) + "\n").encode()

@@ -118,7 +118,7 @@ class Reader:
             if self.text or not (self.strict or text.lstrip().startswith("{")):
                 return self._plain(number, index, {"prompt": text})
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "JSON"
             return BadLine(number, f"is not {kind}: {error}")
         if isinstance(row, dict) and "body" in row and "url" in row:

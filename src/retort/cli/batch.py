@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -58,7 +58,7 @@ def _run(
     reader = Reader(
         SamplingParams(max_new_tokens=given["max_new_tokens"]),
         chat=given["chat"],
-        text=suffix == ".txt" or given["prompts_file"] is None,
+        text=suffix == ".txt",
         strict=bool(suffix),
         openai=batch,
         done=sink.done,
@@ -93,8 +93,8 @@ def _openai(engine: Engine, name: str) -> Any:
 
 @contextmanager
 def _lines(given: Mapping[str, Any]) -> Iterator[Iterable[bytes]]:
-    """Lines of --prompt, then of --input."""
-    texts = [text.replace("\n", " ").encode() for text in given["prompt"] or []]
+    """Rows of --prompt, or lines of --input."""
+    texts = [json.dumps({"prompt": text}).encode() for text in given["prompt"] or []]
     path = given["prompts_file"]
     if texts and path is not None:
         raise ConfigurationError("give either --prompt or --input together with --output")
@@ -104,7 +104,7 @@ def _lines(given: Mapping[str, Any]) -> Iterator[Iterable[bytes]]:
         yield sys.stdin.buffer
     else:
         with _open(path) as file:
-            yield chain(texts, file)
+            yield file
 
 
 def _open(path: Path) -> BinaryIO:

@@ -111,12 +111,14 @@ def check_params(params: Any) -> None:
         raise ConfigurationError(f"params={params!r:.80} is wrong: it must be SamplingParams")
 
 
-def check_row(sample: Any, prefix_group: Any) -> None:
-    """Refuse what names no sample of a prompt and no group of prefixes.
+def check_row(request_id: Any, sample: Any, prefix_group: Any) -> None:
+    """Refuse what names no request, no sample of a prompt or no group of prefixes.
 
     Raises:
         ConfigurationError: so it is.
     """
+    if not isinstance(request_id, str):
+        raise ConfigurationError(f"request_id={request_id!r} must be text")
     if not isinstance(sample, int) or isinstance(sample, bool) or sample < 0:
         raise ConfigurationError(f"sample={sample!r} must be a whole number of at least 0")
     if not isinstance(prefix_group, str):
@@ -133,7 +135,7 @@ def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
     if items and all(isinstance(item, dict) for item in items):
         return _chat(items, _need(tokenizer, "chat"))
     whole = all(isinstance(item, int) and not isinstance(item, bool) for item in items)
-    if whole and isinstance(found, Iterable):
+    if whole and isinstance(found, Iterable) and not isinstance(found, bytes | bytearray):
         return items
     raise ConfigurationError(
         f"a prompt must be text, a list of token ids or a list of chat messages, not {prompt!r:.80}"
@@ -172,12 +174,18 @@ def _check_text(text: str) -> None:
 
 
 def _chat(messages: list[dict], tokenizer: Any) -> list[int]:
-    for message in messages:
-        if isinstance(content := message.get("content"), str):
-            _check_text(content)
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+    for text in (value for message in messages for value in message.values()):
+        if isinstance(text, str):
+            _check_text(text)
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except Exception as error:  # whatever the template raises is about these messages
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConfigurationError(
+            f"the prompt's messages cannot go through the chat template ({reason})"
+        ) from error
     return list(ids["input_ids"])
 
 

@@ -7,6 +7,7 @@ Here is what callers see; a step is in `retort.decode.step`, requests end in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from retort.decode.admission import Admission, Prompt, check_params, check_row, is_single
@@ -208,10 +209,10 @@ class Engine:
             ConfigurationError: the prompt is empty, too long or holds unknown ids; a known id; an
                 argument of the wrong kind, which is named.
         """
-        request_id = f"request-{self._count}" if request_id is None else request_id
+        request_id = self._free_id() if request_id is None else request_id
+        check_row(request_id, sample, prefix_group)
         if request_id in self._roster.requests:
             raise ConfigurationError(f"request id {request_id!r} is already in use")
-        check_row(sample, prefix_group)
         params = SamplingParams() if params is None else params
         request = self._admission.request(request_id, self._count, prompt, params, hold)
         request.drafter, request.sample = self.drafting.resolve(drafter), sample
@@ -321,12 +322,20 @@ class Engine:
         params = SamplingParams.build(**sampling) if params is None else params
         check_params(params)
         many = [prompts] if is_single(prompts) else list(prompts)
-        ids = [self._admission.encode(p) for p in many]  # all are checked before one is queued
-        return [
-            self.add_request(p, params, sample=i, drafter=drafter)
-            for p in ids
-            for i in range(params.n)
-        ]
+        rows = [(ids, i) for ids in map(self._admission.encode, many) for i in range(params.n)]
+        added: list[str] = []
+        try:
+            for ids, i in rows:
+                added.append(self.add_request(ids, params, sample=i, drafter=drafter))
+        except BaseException:  # all or none
+            self._abandon(added)
+            raise
+        return added
+
+    def _free_id(self) -> str:
+        """``request-N``, N being the request's number, or the next that no caller has taken."""
+        names = (f"request-{n}" for n in count(self._count))
+        return next(name for name in names if name not in self._roster.requests)
 
     def _abandon(self, ids: Sequence[str]) -> None:
         for rid in ids:

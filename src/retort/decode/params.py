@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
@@ -104,6 +104,8 @@ class SamplingParams:
                 _whole(self.min_new_tokens, 0) and _whole(self.max_new_tokens, self.min_new_tokens),
                 "between 0 and max_new_tokens",
             ),
+            ("do_sample", _flag(self.do_sample), "True or False"),
+            ("ignore_eos", _flag(self.ignore_eos), "True or False"),
             ("temperature", _within(self.temperature, _COLDEST), f"finite and above {_COLDEST}"),
             ("top_k", _whole(self.top_k, 0), "0 (off) or a positive whole number"),
             ("top_p", _within(self.top_p, 0, 1), "above 0 and at most 1"),
@@ -163,6 +165,10 @@ def _integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _flag(value: Any) -> bool:
+    return isinstance(value, Hashable) and value in (True, False)  # numpy's own, too
+
+
 def _count_or_none(value: Any) -> bool:
     return value is None or _whole(value, 0)
 
@@ -180,11 +186,12 @@ def _text(value: Any) -> bool:
 
 
 def _all(values: Any, test: Callable[[Any], Any]) -> bool:
-    return isinstance(values, Iterable) and all(map(test, values))
+    """Whether all pass; what can be read only once does not, since it is read again later."""
+    return isinstance(values, Collection) and all(map(test, values))
 
 
 def _token_ids(values: Any) -> bool:
-    return bool(values) and _all(values, lambda token: _whole(token, 0))
+    return _all(values, lambda token: _whole(token, 0)) and len(values) > 0
 
 
 def _biases(values: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -144,6 +145,8 @@ class LoadRequest(Struct, frozen=True, kw_only=True):
 
 T = TypeVar("T")
 
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # behind an even number of backslashes
+
 
 def parse(body: bytes, kind: type[T]) -> T:
     """Read a body.
@@ -162,7 +165,7 @@ def parse(body: bytes, kind: type[T]) -> T:
         raise _invalid(str(error)) from None
     except (msgspec.DecodeError, ValueError) as error:
         raise bad(f"the body is not valid JSON: {error}") from None
-    if b"\\u0000" in body:
+    if _NUL.search(body):
         raise bad("text must not hold the character U+0000")
     _refuse_unsupported(raw)
     return value
