@@ -55,6 +55,23 @@ def test_every_arm_decodes_the_same_tokens(folder, prompts, tmp_path):
     assert page.count("<section") == 2 and "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_drawn_texts_are_equal_in_all_arms_too(folder, prompts, tmp_path):
+    out = tmp_path / "r.json"
+    flags = ["--temperature", "0.8", "--top-p", "0.9", "--batch-sizes", "2", "--arms", "plain"]
+    flags += ["draft model k=4", "unpadded k=7", "--draft-model", str(folder), "--category", "long"]
+    assert bench(folder, prompts, out, *flags, "--seed", "1") == 0
+    rows = {r["arm"]: r for r in json.loads(out.read_text())["results"]}
+    assert all(r["equal_to_plain"] for r in rows.values())
+    assert rows["draft model k=4"]["accepted_tokens"] > 0
+
+
+def test_other_engines_draw_other_texts(folder, prompts, tmp_path, capsys):
+    flags = ["--temperature", "0.8", "--arms", "plain", "transformers"]
+    assert bench(folder, prompts, tmp_path / "r.json", *flags) == 2
+    assert "other engines draw other texts" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
 @pytest.mark.parametrize("joined", [False, True])
 def test_the_record_names_files_and_no_folder(folder, prompts, tmp_path, monkeypatch, joined):
     given = [f"--prompts={prompts}"] if joined else ["--prompts", str(prompts)]

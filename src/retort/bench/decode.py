@@ -90,6 +90,7 @@ def _arms(options: Namespace) -> dict[str, Arm]:
     if drafted and not options.draft_model:
         raise ConfigurationError("--arms 'draft model' needs --draft-model: which one drafts?")
     drafts = zoo.load_model(options.draft_model, dtype="float32") if drafted else None
+    sampling = _sampling(options)
     load = partial(zoo.load_model, options.model, dtype="float32")
     size = max(options.batch_sizes)
     kept = 4 * max(options.num_prompts) * options.prompt_tokens if options.keep_prefixes else 0
@@ -100,10 +101,25 @@ def _arms(options: Namespace) -> dict[str, Arm]:
             kind = weights_of(name)
             if kind not in models:
                 models[kind] = load()
-            arms[name] = engine_arm(build_engine(models[kind], name, size, kept, drafts))
+            engine = build_engine(models[kind], name, size, kept, drafts)
+            arms[name] = engine_arm(engine, **sampling)
         else:
             arms[name] = transformers_arm(load(), name)
     return arms
+
+
+def _sampling(options: Namespace) -> dict[str, Any]:
+    """What every request asks for; drawn texts are equal in all of our arms, and in no other."""
+    if not options.temperature:
+        return {}
+    peers = any(_where(peer, options)[0] for peer in PEERS)
+    if peers or set(options.arms) - set(ENGINES):
+        raise ConfigurationError(
+            f"--temperature {options.temperature} compares arms of Retort, since other engines "
+            "draw other texts: leave them out, or leave --temperature out"
+        )
+    chosen = {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
+    return {"do_sample": True, **chosen}
 
 
 def _peers(options: Namespace) -> dict[str, tuple[Arm, dict[str, Any]]]:

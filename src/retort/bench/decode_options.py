@@ -24,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--prompt-tokens", type=_positive, default=400, help="longest prompt")
     add("--max-new-tokens", type=_positive, default=128)
+    add("--temperature", type=_temperature, default=0.0, help="draw texts; 0 is greedy")
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0, help="of drawn texts, which are then equal in all arms")
     add("--repeats", type=_positive, default=5, help="interleaved rounds")
     add("--warmup", type=int, choices=(0, 1, 2), default=1, help="rounds before that do not count")
     add("--keep-prefixes", action="store_true", help="read each prompt once: only decoding counts")
@@ -40,3 +43,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 or more")
+    return value
