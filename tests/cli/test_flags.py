@@ -1,12 +1,14 @@
 """Flags of training verbs: YAML gives defaults, flags win, what is unknown is an error."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import pytest
 
 from retort import cli
 from retort.cli.flags import parse_flags
+from retort.distill.config import DistillConfig
+from retort.distill.options.elsewhere import FLAGS
 from retort.errors import ConfigurationError
 
 
@@ -88,6 +90,15 @@ def test_distill_names_an_unknown_yaml_key_and_exits_2(capsys, yaml_file):
     file = yaml_file("metod: mgsr\n")
     assert cli.run(["distill", "--config", file]) == 2
     assert f"{file}: unknown key 'metod'; did you mean 'method'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [*FLAGS])
+def test_distill_says_where_a_flag_of_trl_is(name, capsys, yaml_file):
+    assert name not in {field.name for field in fields(DistillConfig)}
+    file = yaml_file(f"{name}: 1\n")
+    for given in ["--config", file], [f"--{name}=1"]:
+        assert cli.run(["distill", *given]) == 2
+        assert FLAGS[name] in capsys.readouterr().err
 
 
 def test_distill_hands_the_configuration_to_the_run(capsys, monkeypatch, tmp_path, yaml_file):

@@ -78,6 +78,11 @@ def test_fault_of_ours_is_one_line_and_exit_1(capsys, monkeypatch):
     )
 
 
+def test_a_package_that_an_option_needs_is_the_users_to_install():
+    assert cli.explain(ImportError("install\nbitsandbytes")) == ("install bitsandbytes", 2)
+    assert cli.explain(ModuleNotFoundError("No module named 'x'"))[1] == 1
+
+
 def test_underscores_are_dashes():
     assert cli._with_dashes(["pull", "--as_x=a_b", "a_b", "-p", "--", "--c_d"]) == [
         "pull",

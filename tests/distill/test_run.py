@@ -122,7 +122,23 @@ def test_another_run_is_refused_before_weights(pair, tmp_path, monkeypatch):
         run(other)
 
 
-@pytest.mark.parametrize("values", [{"report_to": "nix"}, {"max_steps": 0}])
-def test_values_that_transformers_would_take_late_or_not_at_all(tmp_path, values):
-    with pytest.raises(ConfigurationError, match=r"nix|max_steps=0"):
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"report_to": "nix"}, "nix"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 is wrong"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is wrong"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is wrong"),
+        ({"seed": -1}, "seed=-1 is wrong"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 .* leave it out"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True .* leave it out"),
+        ({"sft_weight": float("inf")}, "sft_weight=inf is wrong: it must be a finite number"),
+        ({"dac_dual_rate": float("nan")}, "dac_dual_rate=nan is wrong"),
+        ({"dac_learning_rate": -1.0}, "dac_learning_rate=-1.0 is wrong"),
+    ],
+)
+def test_values_that_transformers_would_take_late_or_not_at_all(tmp_path, values, said):
+    with pytest.raises(ConfigurationError, match=said) as caught:
         DistillConfig(output_dir=str(tmp_path), use_cpu=True, **values)
+    assert "\n" not in str(caught.value)

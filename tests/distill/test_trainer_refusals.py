@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
+from retort.distill.trainer import DistillTrainer
 from retort.errors import ConfigurationError, RetortError
 from tests.distill.toys import ROWS, config, llama, tokenizer, trainer, weights
 
@@ -65,3 +66,40 @@ def test_sequences_stay_within_the_shorter_context(tmp_path):
     made = trainer(tmp_path, teacher=llama(3, max_position_embeddings=40))
     assert made.max_length == 40
     assert made.rollouts.sources.writer.limit([1] * 36) == 4
+
+
+@pytest.mark.parametrize(
+    ("keyword", "said"),
+    [
+        ("compute_metrics", "predict_with_generate"),
+        ("compute_loss_func", "set method"),
+        ("data_collator", "does not read data_collator"),
+        ("peft_config", "use_peft"),
+        ("tokenizer", "processing_class"),
+    ],
+)
+def test_keywords_of_other_trainers_are_refused(tmp_path, keyword, said):
+    """transformers' would be taken and passed over."""
+    with pytest.raises(ConfigurationError, match=said):
+        DistillTrainer(
+            llama(2),
+            config(tmp_path),
+            llama(1),
+            ROWS,
+            processing_class=tokenizer(),
+            **{keyword: print},
+        )
+
+
+def test_other_arguments_and_one_model_for_both_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="args is a TrainingArguments"):
+        DistillTrainer(
+            llama(2),
+            TrainingArguments(str(tmp_path), use_cpu=True),
+            llama(1),
+            ROWS,
+            processing_class=tokenizer(),
+        )
+    model = llama(1)
+    with pytest.raises(ConfigurationError, match="are one object"):
+        trainer(tmp_path, model, model, method="kd")

@@ -43,6 +43,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return _usage(error), 2
     if isinstance(error, OSError) and error.filename is not None:
         return _one_line(f"{error.filename}: {error.strerror}"), 2
+    if isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError):
+        return _one_line(str(error)), 2  # transformers': what to install for an option
     reason = _one_line(f"{type(error).__name__}: {error}")
     return f"{reason} (a fault of Retort; --debug shows where)", 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from argparse import Action
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -17,7 +17,13 @@ T = TypeVar("T")
 
 
 class FlagParser(HfArgumentParser):
-    """`HfArgumentParser` whose errors are a `ConfigurationError` of one line."""
+    """`HfArgumentParser` whose errors are a `ConfigurationError` of one line.
+
+    Attributes:
+        elsewhere: names that there are not, each with what to set instead.
+    """
+
+    elsewhere: Mapping[str, str] = {}  # read only
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage, which has hundreds of flags."""
@@ -49,7 +55,9 @@ def parse_flags(kind: type[T], arguments: Sequence[str], prog: str) -> T:
 
 def flag_parser(kind: Any, prog: str) -> FlagParser:
     """The parser of ``kind``'s fields; abbreviations are off, so that a typo is an error."""
-    return FlagParser(kind, prog=prog, allow_abbrev=False, add_help=False)
+    parser = FlagParser(kind, prog=prog, allow_abbrev=False, add_help=False)
+    parser.elsewhere = getattr(kind, "ELSEWHERE", {})
+    return parser
 
 
 def _split_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -118,5 +126,7 @@ def _converted(parser: FlagParser, action: Action, value: Any, file: Path) -> An
 def _nearest(name: str, parser: FlagParser) -> str:
     known = [action.dest for action in parser._actions]
     plain = name.partition("=")[0].lstrip("-").replace("-", "_")
+    if (advice := parser.elsewhere.get(plain)) is not None:
+        return f": {advice}"
     near = difflib.get_close_matches(plain, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from retort.distill.losses import DacSettings, divergence
 from retort.distill.options.checks import method_fault, value_fault
 from retort.distill.options.data import DataOptions
+from retort.distill.options.elsewhere import FLAGS
 from retort.distill.options.losses import LossOptions
 from retort.distill.options.models import ModelOptions
 from retort.distill.options.sequences import SequenceOptions
@@ -40,6 +41,8 @@ class DistillConfig(LossOptions, SequenceOptions, DataOptions, ModelOptions, Tra
         "teacher_model_init_kwargs",
         "divergence_parameters",
     ]
+
+    ELSEWHERE = FLAGS
 
     # Other defaults than transformers'
     remove_unused_columns: bool = say(False, "Kept off: rows are tokenised here.")
@@ -138,7 +141,10 @@ FREE = (
 
 _EVALUATED = ("dataset_test_split", "eval_dataset_name", "max_eval_rows")
 
-_SHARED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+_SHARED = (
+    *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("train_sampling_strategy", "dataloader_drop_last"),
+)
 # A loaded optimiser and its schedule keep, or mix with, the values that they were saved with.
 _OPTIMISED = (
     *("learning_rate", "optim", "optim_args", "optim_target_modules", "weight_decay"),

@@ -38,6 +38,11 @@ class Models:
             self.teacher = load_teacher(self.config)
         if self.student is None:
             self.student = build_student(self.config, self.teacher)
+        if self.student is self.teacher:
+            raise ConfigurationError(
+                "model and teacher_model are one object, whose weights cannot stand and move: give "
+                "the teacher a copy"
+            )
         return self.student, self.teacher
 
     def longest_sequence(self) -> int:

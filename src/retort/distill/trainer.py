@@ -29,6 +29,7 @@ from retort.distill.evaluation import HeldOut, watched
 from retort.distill.hidden import HeadlessModel
 from retort.distill.init import disable_dropout
 from retort.distill.objective import Objective
+from retort.distill.options.elsewhere import check_keywords
 from retort.distill.ordering import GroupedByLength
 from retort.distill.packing import require_packing
 from retort.distill.parts import find_models
@@ -70,6 +71,9 @@ class DistillTrainer(WholeCheckpointTrainer):
         **keywords: Any,
     ) -> None:
         args = args if args is not None else DistillConfig()
+        if not isinstance(args, DistillConfig):
+            raise ConfigurationError(f"args is a {type(args).__name__}: give a DistillConfig")
+        check_keywords(keywords)
         if processing_class is None:
             raise ConfigurationError("DistillTrainer needs processing_class, the tokenizer")
         models, data = find_models(args, model, teacher_model), (train_dataset, eval_dataset)

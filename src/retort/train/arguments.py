@@ -12,6 +12,12 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from retort.errors import ConfigurationError
 
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+
 
 def say(default: Any, text: str) -> Any:
     """A dataclass field with its help text, which flags, YAML and docs show."""
@@ -37,6 +43,17 @@ def check_training(config: TrainingArguments, check: Callable[[], None]) -> None
     """Let transformers check (``check``) its own arguments; its errors become ours."""
     if config.max_steps == 0:
         raise ConfigurationError("max_steps=0 trains nothing: give at least 1, or -1 for all")
+    for name in _COUNTS:
+        if getattr(config, name) < 1:
+            raise ConfigurationError(
+                f"{name}={getattr(config, name)} is wrong: it must be at least 1"
+            )
+    if not 0 <= config.seed < 1 << 32:
+        raise ConfigurationError(f"seed={config.seed} is wrong: it must lie in [0, 2**32)")
+    if not config.learning_rate >= 0:
+        raise ConfigurationError(
+            f"learning_rate={config.learning_rate} is wrong: it must be 0 or more"
+        )
     try:
         check()
         for callback in get_reporting_integration_callbacks(config.report_to):

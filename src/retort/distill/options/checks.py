@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import IntervalStrategy
@@ -19,7 +21,7 @@ _COUNTS = [*("max_length", "max_completion_length", "rollout_batch_size", "scrg_
 _COUNTS += ["lora_r", "lora_alpha", "report_sample_tokens"]
 _OPTIONAL_COUNTS = ("student_num_hidden_layers", "max_train_rows", "max_eval_rows")
 _WEIGHTS = [*("sft_weight", "divergence_weight", "span_weight", "scrg_warmup_steps")]
-_WEIGHTS += ["replay_buffer_size", "interleave_top_k"]
+_WEIGHTS += ["replay_buffer_size", "interleave_top_k", "dac_learning_rate"]
 _ABOVE_ZERO = ("temperature", "rollout_temperature")
 
 
@@ -56,6 +58,11 @@ def _rules(config: DistillConfig) -> Iterator[tuple[str, bool, str]]:
     yield "report_samples", config.report_samples >= 0, "it must be 0 (none) or more"
     yield "rollout_draft_budget", config.rollout_draft_budget >= 0, "it must be 0 or more"
     yield from _choices(config)
+    yield from _finite(config)
+    unread = "nothing here reads it: leave it out"
+    yield "label_smoothing_factor", config.label_smoothing_factor == 0, unread
+    kept = "rows are tokenised here, so that no column is the model's: leave it out"
+    yield "remove_unused_columns", not config.remove_unused_columns, kept
     rivals = ("student_num_hidden_layers", "student_type")
     rival = next((n for n in rivals if given(n) is not None), None)
     alone = config.student_layer_indices is None or rival is None
@@ -65,6 +72,13 @@ def _rules(config: DistillConfig) -> Iterator[tuple[str, bool, str]]:
     for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
         own = "trust_remote_code" not in (given(name) or {})
         yield name, own, "trust_remote_code is an argument of its own: give it there"
+
+
+def _finite(config: DistillConfig) -> Iterator[tuple[str, bool, str]]:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float):
+            yield field.name, math.isfinite(value), "it must be a finite number"
 
 
 def _choices(config: DistillConfig) -> Iterator[tuple[str, bool, str]]:
