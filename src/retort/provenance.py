@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from retort.disk import writing
 from retort.errors import ConfigurationError
 
 _PACKAGES = ("retort-lm", "torch", "transformers", "accelerate", "datasets", "safetensors")
@@ -116,6 +117,12 @@ def write_whole(path: str | Path, write: Callable[[TextIO], None]) -> Path:
     path = Path(path)
     if path.exists() and not path.is_file():  # a rename would put a file in a device's place
         raise ConfigurationError(f"{path} is not a regular file; name another output")
+    with writing(path):
+        _replace(path, write)
+    return path
+
+
+def _replace(path: Path, write: Callable[[TextIO], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
@@ -129,7 +136,6 @@ def write_whole(path: str | Path, write: Callable[[TextIO], None]) -> Path:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
-    return path
 
 
 def _umask() -> int:

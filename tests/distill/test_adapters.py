@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from retort.distill import teachers
+from retort.distill.adapters import with_adapter
 from retort.distill.run import run
 from retort.distill.teachers import AdapterOffTeacher, load_teacher
 from retort.errors import ConfigurationError
@@ -121,6 +122,19 @@ def test_yaml_and_flags_reach_the_adapter(parts, tmp_path):
 def test_what_contradicts_is_named(parts, tmp_path, changes, message):
     with pytest.raises(ConfigurationError, match=message):
         settings(parts, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("named", "adapted"),
+    [("q_proj", 2), ("self_attn.q_proj", 2), ("all-linear", 14), (r".*\.1\..*[qk]_proj", 2)],
+)
+def test_a_single_name_is_a_modules_or_a_pattern(parts, tmp_path, named, adapted):
+    """PEFT takes text, not a list, as a pattern of the whole name."""
+    made = with_adapter(llama(2), settings(parts, tmp_path, lora_target_modules=[named]))
+    assert (
+        sum(name.endswith("lora_A.default.weight") for name, _ in made.named_parameters())
+        == adapted
+    )
 
 
 def test_unknown_modules_and_a_missing_package_are_named(parts, tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ def test_acceptance_is_one_minus_total_variation_without_gradient():
     distance = DivergenceTerm(divergence("total_variation"))(case.rows())
     torch.testing.assert_close(accepted.mean(), 1 - distance.mean())
     assert not accepted.total.requires_grad
+    assert torch.equal(AcceptanceMetric()(case.rows(temperature=3.0)).total, accepted.total)
 
 
 def test_logits_masked_with_infinity_give_finite_losses_and_gradients():

@@ -132,6 +132,12 @@ def test_a_text_with_a_line_separator_goes_on(server, tmp_path):
     assert [r["completion"] for r in rows] == ["b\u2028a", "d\u0085c"]
 
 
+def test_half_a_surrogate_pair_ends_no_run(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "complete", lambda *_: "a\ud800")
+    path = write_texts(teacher(server), ["x"], tmp_path / "t.jsonl")
+    assert json.loads(path.read_text("utf-8"))["completion"] == "a?"
+
+
 @pytest.mark.parametrize("content", [b"my notes", b"\xff\nhalf", b'{"a": 1}\nhalf'])
 def test_a_file_of_something_else_is_not_cut(server, tmp_path, content):
     path = tmp_path / "notes"

@@ -1,11 +1,16 @@
 """The teacher's texts: written once, kept, read again by other runs."""
 
+import errno
 import json
+import os
+import threading
 
 import pytest
+from filelock import FileLock
 
 from retort.distill.sequences.teacher_text import TeacherTexts
-from retort.errors import ConfigurationError
+from retort.errors import ConfigurationError, RetortError
+from retort.train import checkpoint
 from tests.distill.toys import trainer
 
 MADE_BY = {"teacher": "large", "max_completion_length": 8}
@@ -86,3 +91,29 @@ def test_another_run_reads_them(tmp_path, monkeypatch):
         run.rollouts.sources.teacher_texts, "_write", None
     )  # would fail if it were called
     run.train()
+
+
+def test_a_file_that_another_run_adds_to_is_waited_for(tmp_path, monkeypatch):
+    """Half a line of the other's must not be cut off as a killed process's."""
+    path, waiting, found = tmp_path / "texts.jsonl", threading.Event(), []
+    monkeypatch.setattr(checkpoint.logger, "warning", lambda *_: waiting.set())
+    TeacherTexts(lambda prompts: prompts, path, MADE_BY).of([[1, 2]])
+    whole = path.read_bytes() + b'{"prompt": [3], "completion": [4]}\n'
+    reader = threading.Thread(
+        target=lambda: found.append(TeacherTexts(lambda prompts: prompts, path, MADE_BY))
+    )
+    with FileLock(path.with_name(f".{path.name}{checkpoint.LOCK}")):
+        path.write_bytes(whole[:-9])
+        reader.start()
+        assert waiting.wait(60)
+        path.write_bytes(whole)
+    reader.join(60)
+    assert found[0].of([[3]]) == [[4]] and path.read_bytes() == whole
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(full))
+    texts = TeacherTexts(Counting(), tmp_path / "t.jsonl", MADE_BY)
+    with pytest.raises(RetortError, match=r"t.jsonl could not be written \(No space left"):
+        texts.of([[1]])

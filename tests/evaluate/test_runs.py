@@ -4,14 +4,17 @@ import json
 import math
 
 import pytest
+import torch
 
 from retort.cli import run as command
 from retort.errors import ConfigurationError
 from retort.evaluate import runs as evaluating
 from retort.evaluate.cells import Judge
 from retort.evaluate.comparing import compare
+from retort.evaluate.perplexity import perplexity
 from retort.evaluate.runs import EvaluationSettings, evaluate_runs
 from retort.evaluate.scores import STATISTICS
+from tests.decode.toys import toy
 from tests.distill.tokenizers import byte_level
 from tests.distill.toys import llama, tokenizer
 
@@ -71,6 +74,30 @@ def test_what_a_row_lacks_is_left_out_of_that_number_alone(place, tmp_path):
     assert mixed["metrics"]["rouge_l"] == sum(whole["scores"]["rouge_l"][i] for i in (0, 2, 3)) / 3
 
 
+def test_what_is_longer_than_the_context_is_read_within_it(tmp_path):
+    """Learned positions: one token beyond them cannot be read at all."""
+    model = toy(
+        "gpt2", 1, torch.float32, vocab_size=258, eos_token_id=0, max_position_embeddings=16
+    )
+    model.save_pretrained(tmp_path / "run")
+    tokenizer().save_pretrained(tmp_path / "run")
+    rows = [{"text": "abc " * 20}, {"prompt": "count", "reference": "xyz " * 20}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate_runs(
+        [str(tmp_path / "run")], [tmp_path / "long.jsonl"], tmp_path / "o", SETTINGS
+    )
+    scores = found["cells"][0]["scores"]
+    whole = perplexity(model, tokenizer(), [rows[0]["text"]], max_length=16)
+    assert scores["perplexity"][0] == [pytest.approx(whole.nll * 79), 79]
+    assert scores["reference_perplexity"][1][1] == 16 - len("count")
+
+
+def test_a_chat_without_a_template_is_refused(place, tmp_path):
+    chats = EvaluationSettings(max_new_tokens=4, as_chat=True)
+    with pytest.raises(ConfigurationError, match="first has no chat template"):
+        evaluate_runs([str(place / "first")], [place / "qa.jsonl"], tmp_path, chats)
+
+
 def test_texts_without_a_token_to_predict_are_refused(place, tmp_path):
     (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ConfigurationError, match="no token to predict"):
@@ -106,7 +133,10 @@ def test_a_killed_evaluation_judges_only_what_is_missing(place, tmp_path, monkey
     assert [name for name, _ in judged[3:]] == ["second", "second"] and len(found["cells"]) == 4
 
 
-@pytest.mark.parametrize("text", ["", '{"metrics": {', "[]", '{"metrics": {}}'])
+LISTED = '{"prompts": 4, "metrics": [], "scored": {}, "scores": {}}'
+
+
+@pytest.mark.parametrize("text", ["", '{"metrics": {', "[]", '{"metrics": {}}', LISTED])
 def test_a_damaged_cell_is_judged_again(place, tmp_path, text):
     whole = table(place, tmp_path)["cells"]
     files = sorted((tmp_path / "cells").iterdir())
@@ -179,6 +209,7 @@ def test_rows_that_only_one_run_has_a_score_of_are_left_out_of_the_comparison():
     [
         ("", "empty"),
         ("{}\n", "row 1"),
+        (r'{"text": "a\ud800"}', "row 1: a lone surrogate"),
         ('{"prompt": "a"}\n[]\n', "row 2"),
         ("x\n", "row 1"),
         ('{"prompt": ["a"]}\n', "row 1: 'prompt' must be text"),

@@ -82,13 +82,18 @@ def test_without_a_log_of_ours_the_newest_trainer_state_is_read(tmp_path):
         ("corrections.json", '[{"prompt": "", "tokens": [1]}]', "'tokens' has the wrong type"),
         ("training.jsonl", '{"step": 1}\n{"loss": 2}\n', 'line 2: .*"step"'),
         ("training.jsonl", '{"step": 1}\nnonsense\n', "line 2: not valid JSON"),
+        ("training.jsonl", '{"step": ' + "9" * 400 + "}\n", 'line 1: .*"step"'),
+        ("training.jsonl", '{"step": ' + "[" * 100_000 + "\n", "line 1: not valid JSON"),
+        ("training.jsonl", "\udcff\n", "training.jsonl: not UTF-8 text"),
+        ("trainer_state.json", "[1]", "trainer_state.json: it has no list"),
+        ("trainer_state.json", '{"log_history": null}', "trainer_state.json: it has no list"),
         ("provenance.json", '{"seeds": 3}', "provenance.json: 'seeds'"),
         ("provenance.json", "{}", "provenance.json: .*missing"),
         ("heading.json", '{"title": 1}', "heading.json: 'title'"),
     ],
 )
 def test_a_record_that_does_not_fit_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(ConfigurationError, match=message):
         load(tmp_path)
 

@@ -9,6 +9,7 @@ from retort.distill.objective import Objective
 from retort.distill.presets import PRESETS
 from retort.distill.sequences.scrg import Counts
 from retort.report.metrics import GROUPS, canonical
+from retort.report.scale import drawable
 from retort.report.training import collect, total, training_section
 from tests.distill.toys import config, tokenizer
 from tests.report import sample_run
@@ -108,3 +109,14 @@ def test_every_term_that_a_method_logs_has_a_plot(tmp_path, method):
     record = dict.fromkeys(names, 0.5)
     drawn = training_section([record | {"step": 1}, record | {"step": 2}])
     assert "Other metrics" not in drawn
+
+
+@pytest.mark.parametrize("value", [1.7e308, -1.7e308, 5e-324, 10**400, -(10**400)])
+def test_values_at_the_limits_of_a_float_are_drawn_or_leave_a_gap(value):
+    shown = training_section([{"step": 1, "loss": value}, {"step": 2, "loss": -value}])
+    assert "<svg" in shown and ("leave gaps: 2" in shown) == (abs(value) > 1)
+
+
+def test_what_is_not_a_number_stays_so():
+    assert math.isnan(drawable(math.nan)) and drawable(-math.inf) == -math.inf
+    assert drawable(1e-299) == 1e-299 and drawable(3) == 3.0

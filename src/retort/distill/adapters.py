@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from retort.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from retort.distill.trainer import DistillTrainer
+
+_NAME = re.compile(r"(?!all-linear)[\w.]+")  # what is more than a module's name PEFT takes alone
 
 FOLDER = "adapter"
 """Where in a run's folder the adapter alone is kept."""
@@ -27,11 +30,12 @@ def with_adapter(model: Any, config: DistillConfig) -> Any:
             "use_peft needs PEFT: pip install 'retort-lm[peft]', or leave use_peft out"
         ) from None
     targets: Any = config.lora_target_modules
+    pattern = targets is not None and len(targets) == 1 and not _NAME.fullmatch(targets[0])
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets[0] if targets is not None and len(targets) == 1 else targets,
+        target_modules=targets[0] if pattern else targets,
         task_type="CAUSAL_LM",
     )
     try:

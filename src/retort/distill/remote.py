@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retort.disk import writing
 from retort.errors import ConfigurationError, RetortError
+from retort.train.checkpoint import held
 
 logger = logging.getLogger(__name__)
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -63,11 +65,18 @@ def write_texts(teacher: RemoteTeacher, prompts: Sequence[Any], path: str | Path
         RetortError: the server does not answer; what was written stays.
     """
     path = Path(path)
+    with writing(path), held(path):  # another run's prompts would come in between
+        _go_on(teacher, prompts, path)
+    return path
+
+
+def _go_on(teacher: RemoteTeacher, prompts: Sequence[Any], path: Path) -> None:
+    """Write what ``path`` lacks, in a file that no other run adds to."""
     made_by = _made_by(teacher)
     start = _written(path, prompts, made_by)
     size = 4 * teacher.workers
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(teacher.workers) as pool, path.open("a", encoding="utf-8") as file:
+    opened = path.open("a", encoding="utf-8", errors="replace")  # half a surrogate is no text
+    with ThreadPoolExecutor(teacher.workers) as pool, opened as file:
         for first in range(start, len(prompts), size):
             part = prompts[first : first + size]
             texts = list(pool.map(lambda prompt: complete(teacher, prompt), part))
@@ -79,7 +88,6 @@ def write_texts(teacher: RemoteTeacher, prompts: Sequence[Any], path: str | Path
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-    return path
 
 
 def complete(teacher: RemoteTeacher, prompt: Any) -> str:

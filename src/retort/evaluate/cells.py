@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retort.decode.admission import encode
 from retort.decode.engine import Engine
+from retort.decode.support import max_length
 from retort.distill.signals import check_vocabularies
 from retort.errors import ConfigurationError
 from retort.evaluate.acceptance import acceptance
@@ -24,6 +25,9 @@ from retort.models import zoo
 from retort.text_scores import distinct_n, rouge_l
 
 Row = dict[str, Any]
+
+WINDOW = 1024
+"""Most tokens of a plain text that are read at once."""
 
 _ADVICE = (
     "Acceptance and exposure bias compare predictions over one vocabulary: name a teacher with the "
@@ -69,6 +73,10 @@ class Judge:
     def _models(self) -> tuple[Any, Any, Any]:
         if self._loaded is None:
             tokenizer = zoo.load_tokenizer(self.folder)
+            if self.settings.as_chat and tokenizer.chat_template is None:
+                raise ConfigurationError(
+                    f"--as-chat: the tokenizer of {self.folder} has no chat template: leave it out"
+                )
             if self.guide is not None:
                 check_vocabularies(zoo.load_tokenizer(self.guide), tokenizer, _ADVICE)
             teacher = None if self.guide is None else zoo.load_model(self.guide)
@@ -81,8 +89,9 @@ class Judge:
         return [encode(prompt, tokenizer) for prompt in given]
 
     def _read(self, model: Any, tokenizer: Any, texts: Sequence[str | None]) -> list[Any]:
-        """The (Σ −log p, tokens) of each plain text."""
-        return [None if t is None else _summed(text_nll(model, tokenizer, t)) for t in texts]
+        """The (Σ −log p, tokens) of each plain text, in windows that the model's context holds."""
+        size = min(WINDOW, max_length(model.config) or WINDOW)
+        return [None if t is None else _summed(text_nll(model, tokenizer, t, size)) for t in texts]
 
     def _answers(
         self, model: Any, tokenizer: Any, rows: list[Row], found: dict[str, Any]
@@ -112,7 +121,10 @@ class Judge:
         }
 
     def _completion(self, model: Any, tokenizer: Any, prompt: list[int], text: str) -> Any:
+        """The (Σ −log p, tokens) of a reference, as far as the model's context reaches."""
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if (context := max_length(model.config)) is not None:
+            ids = ids[: context - len(prompt)]
         return _summed(token_nll(model, [*prompt, *ids], len(prompt))) if ids else None
 
     def _taught(

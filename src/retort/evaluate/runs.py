@@ -18,7 +18,7 @@ from retort.manifest import model_hashes, sha256
 from retort.provenance import Provenance, write_json
 from retort.train.rows import read_jsonl
 
-VERSION = 2
+VERSION = 3
 """Of what a cell holds; cells of another one are judged again."""
 
 
@@ -132,5 +132,7 @@ def _judged(file: Path) -> dict[str, Any] | None:
         found = json.loads(file.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    whole = isinstance(found, dict) and {"prompts", "metrics", "scored", "scores"} <= found.keys()
+    if not isinstance(found, dict) or "prompts" not in found:
+        return None
+    whole = all(isinstance(found.get(name), dict) for name in ("metrics", "scored", "scores"))
     return found if whole else None

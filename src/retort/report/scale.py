@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from retort.report.html import NOT_MEASURED
 
+_LARGEST, _SMALLEST = 1e300, 1e-300
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -21,6 +23,17 @@ class Scale:
         """Pixel of a value, rounded to a tenth so that pages stay small."""
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 1)
+
+
+def drawable(value: float | int) -> float:
+    """``value`` as an axis can show it: what nears a float's limits is infinite, or 0."""
+    try:
+        shown = float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    if abs(shown) > _LARGEST:
+        return math.copysign(math.inf, shown)
+    return 0.0 if 0 < abs(shown) < _SMALLEST else shown
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -30,6 +30,7 @@ from retort.report.records import (
 
 R = TypeVar("R")
 TRAINING = "training.jsonl"
+_LAST_STEP = 1 << 53
 SINGLE: dict[str, type] = {"provenance": Provenance, "heading": Heading}
 LISTS: dict[str, type] = {
     "decoding": DecodingRow,
@@ -98,7 +99,7 @@ def read_training(folder: Path) -> list[TrainingRecord]:
     last = -1
     for where, record in _raw_training(folder):
         step = record.get("step") if isinstance(record, dict) else None
-        if isinstance(step, bool) or not isinstance(step, int):
+        if isinstance(step, bool) or not isinstance(step, int) or abs(step) > _LAST_STEP:
             raise ConfigurationError(f'{where}: a training record needs an integer "step"')
         if step < last:
             merged = {s: r for s, r in merged.items() if s < step}
@@ -110,13 +111,16 @@ def read_training(folder: Path) -> list[TrainingRecord]:
 def _raw_training(folder: Path) -> list[tuple[str, Any]]:
     path = folder / TRAINING
     if path.is_file():
-        complete, _, _cut_short = path.read_text("utf-8").rpartition("\n")
+        complete, _, _cut_short = _text(path).rpartition("\n")
         lines = enumerate(complete.split("\n"), start=1)
         named = [(f"{TRAINING}, line {n}", line) for n, line in lines if line.strip()]
         return [(where, _parse(line, where)) for where, line in named]
     states = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
     found = sorted((path for path in states if path.is_file()), key=_checkpoint_step)
-    history = _json(found[-1]).get("log_history", []) if found else []
+    state = _json(found[-1]) if found else {"log_history": []}
+    history = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(history, list):
+        raise ConfigurationError("trainer_state.json: it has no list 'log_history'")
     return [(f"trainer_state.json, log {n}", record) for n, record in enumerate(history)]
 
 
@@ -168,11 +172,18 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _json(path: Path) -> Any:
-    return _parse(path.read_text("utf-8"), path.name)
+    return _parse(_text(path), path.name)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path.name}: not UTF-8 text ({error.reason})") from None
 
 
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{where}: not valid JSON ({error})") from None

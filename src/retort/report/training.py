@@ -10,7 +10,7 @@ from retort.report.html import Child, Markup, element, missing, section, table
 from retort.report.lines import LinePlot, Point, Series
 from retort.report.metrics import GROUPS, Panel, canonical
 from retort.report.records import TrainingRecord
-from retort.report.scale import number, percent
+from retort.report.scale import drawable, number, percent
 
 Columns = dict[str, list[Point]]
 MAX_LINES = 6
@@ -39,7 +39,7 @@ def collect(records: Sequence[TrainingRecord]) -> Columns:
     for record in records:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                columns.setdefault(canonical(name), {})[record["step"]] = float(value)
+                columns.setdefault(canonical(name), {})[record["step"]] = drawable(value)
     return {name: sorted(points.items()) for name, points in columns.items()}
 
 

@@ -89,6 +89,22 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Hold one file that runs share, waiting for another process that holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file.with_name(f".{file.name}{LOCK}"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("%s is held by another run: waiting for it", file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def staging(folder: Path) -> Iterator[Path]:
     """A hidden folder in ``folder`` to fill; removed when filling it fails."""
     place = folder / f".checkpoint{_PARTIAL}"

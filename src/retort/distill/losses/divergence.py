@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -127,16 +128,17 @@ class DivergenceTerm:
 class AcceptanceMetric:
     """α = Σ min(p, q), the chance that speculative sampling accepts the student's token.
 
-    A metric, not a loss: `total` carries no gradient. Leviathan et al. 2023 (arXiv 2211.17192),
-    definition 3.1 and theorem 3.5.
+    A metric, not a loss: `total` carries no gradient, and the models are compared as they decode,
+    at temperature 1. Leviathan et al. 2023 (arXiv 2211.17192), definition 3.1 and theorem 3.5.
     """
 
     name = "acceptance"
 
     def __call__(self, rows: TokenRows) -> TermSum:
         """Sums the acceptance probability over counted rows."""
+        plain = rows if rows.temperature == 1.0 else replace(rows, temperature=1.0)
         with torch.no_grad():
-            values = 1 - total_variation(*outcomes(rows))
+            values = 1 - total_variation(*outcomes(plain))
             return TermSum((values * rows.counted).sum(), rows.counted.sum())
 
 

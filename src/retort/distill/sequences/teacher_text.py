@@ -1,7 +1,8 @@
 """Texts that the teacher writes, once each, for sequence-level distillation (arXiv 1606.07947).
 
 They are kept in a JSONL file, so that a resumed run, another epoch and other runs (methods,
-seeds, learning rates) read them instead of writing them again.
+seeds, learning rates) read them instead of writing them again. Runs may share it at one time: it is
+locked while it is read and while texts are added.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from retort.disk import writing
 from retort.errors import ConfigurationError
+from retort.train.checkpoint import held
 
 Ids = list[int]
 Write = Callable[[Sequence[Ids]], Sequence[Ids]]
@@ -35,7 +38,8 @@ class TeacherTexts:
         self._write, self._path, self._made_by = write, path, dict(made_by)
         self._known: dict[tuple[int, ...], Ids] = {}
         if path is not None and path.is_file():
-            self._read(path)
+            with held(path):
+                self._read(path)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -53,14 +57,14 @@ class TeacherTexts:
     def _append(self, prompts: Sequence[Ids], texts: Sequence[Ids]) -> None:
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines: list[Mapping[str, Any]] = [] if self._path.exists() else [self._made_by]
         pairs = zip(prompts, texts, strict=True)
-        lines += [{"prompt": prompt, "completion": text} for prompt, text in pairs]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+        rows = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
+        with writing(self._path), held(self._path):
+            lines: list[Mapping[str, Any]] = [] if self._path.exists() else [self._made_by]
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in [*lines, *rows]))
+                file.flush()
+                os.fsync(file.fileno())
 
     def _read(self, path: Path) -> None:
         content = path.read_bytes()
