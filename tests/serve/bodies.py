@@ -89,6 +89,8 @@ COMPLETIONS: dict[str, bytes] = {
     "logit_bias word": completion('"logit_bias": {"cat": 1}'),
     "logit_bias unknown id": completion('"logit_bias": {"99999": 1}'),
     "logit_bias negative id": completion('"logit_bias": {"-1": 1}'),
+    "logit_bias key spelled twice": completion('"logit_bias": {"1": 1, "01": 2}'),
+    "logit_bias key with a space": completion('"logit_bias": {" 1": 1}'),
     "logit_bias large": completion('"logit_bias": {"1": 101}'),
     "logit_bias NaN": completion('"logit_bias": {"1": NaN}'),
     "presence_penalty 3": completion('"presence_penalty": 3'),

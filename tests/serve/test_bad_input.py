@@ -57,6 +57,9 @@ def test_s1_the_fault_is_named(served):
     error = refused(served.post("/v1/completions", prompt="x", temperature=3), [400])
     assert error["param"] == "temperature" and error["type"] == "invalid_request_error"
     assert refused(served.post("/v1/completions"), [400])["param"] == "prompt"
+    few = {"prompt": "x", "min_tokens": 9, "max_tokens": 3}
+    error = refused(served.post("/v1/completions", **few), [400])
+    assert error["param"] == "min_tokens" and error["message"].startswith("min_tokens: ")
     assert refused(served.post("/v1/completions", prompt="x", model="y"), [404])["code"] == (
         "model_not_found"
     )

@@ -42,8 +42,12 @@ class Choice:
         self.stats = delta.stats or self.stats
 
     def spell(self, data: bytes) -> int:
-        """Where in the text a token begins; half a character moves nothing."""
-        start = self.offset
+        """Where in the text a token begins: in the character that it continues, if any.
+
+        Half a character moves nothing until another token shows that it stays half, one ``U+FFFD``.
+        """
+        half = self._spelled.getstate()[0]
+        start = self.offset + (not _goes_on(half, data[:1]))
         self.offset += len(self._spelled.decode(data))
         return start
 
@@ -188,26 +192,36 @@ class Formatter:
         spec = self._job.spec
         if not isinstance(spec, CompletionRequest) or spec.logprobs is None:
             return None
-        rows: list[tuple[int, Entry | None]] = []
+        pieces, rows, offsets = self._prompts.pieces, list[tuple[int, Entry | None]](), list[int]()
         if first and self._job.echoes is not None:
             prompt = self._job.prompts[choice.index // spec.choices]
             rows = list(zip(prompt, [None, *choice.prompt_logprobs], strict=False))
+            offsets = [choice.spell(pieces.data(t)) for t, _ in rows]
         rows += list(zip(tokens, entries or [], strict=False))
-        return self._lists(choice, rows, spec.logprobs)
+        offsets += [choice.spell(pieces.shown(t)) for t, _ in rows[len(offsets) :]]
+        return {**self._lists(rows, spec.logprobs), "text_offset": offsets}
 
-    def _lists(self, choice: Choice, rows: list[tuple[int, Entry | None]], most: int) -> Answer:
+    def _lists(self, rows: list[tuple[int, Entry | None]], most: int) -> Answer:
         pieces = self._prompts.pieces
         return {
             "tokens": [pieces.text(t) for t, _ in rows],
             "token_logprobs": [None if e is None else max(e[t], _LEAST) for t, e in rows],
             "top_logprobs": [None if e is None else self._top(t, e, most) for t, e in rows],
-            "text_offset": [choice.spell(pieces.data(t)) for t, _ in rows],
         }
 
     def _top(self, token: int, entry: Entry, most: int) -> dict[str, float]:
         """The token itself and the best alternatives, as completions give them."""
         kept = [*_best(entry, most), (token, entry[token])]
         return {self._prompts.pieces.text(t): max(value, _LEAST) for t, value in kept}
+
+
+def _goes_on(half: bytes, byte: bytes) -> bool:
+    """Whether ``byte`` continues the first bytes of a character, or there are none."""
+    try:
+        getincrementaldecoder("utf-8")().decode(half + byte)
+    except UnicodeDecodeError:
+        return not half
+    return True
 
 
 def _best(entry: Entry, most: int) -> list[tuple[int, float]]:

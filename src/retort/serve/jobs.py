@@ -119,6 +119,10 @@ class Jobs:
         group = f"{self._client}/{spec.cache_salt or ''}"
         for prompt in prompts:
             most = self._room(prompt, limit)
+            if (spec.min_tokens or 0) > most:
+                raise bad(
+                    f"min_tokens: {spec.min_tokens} are more than may follow, {most}", "min_tokens"
+                )
             sampling = _sampling(spec, most, seed, bias, logprobs, score)
             for choice in range(spec.choices):
                 adds.append(_add(f"{job_id}-{len(adds)}", prompt, sampling, spec, choice, group))
@@ -159,7 +163,9 @@ class Jobs:
         try:
             bias = {int(key): value for key, value in spec.logit_bias.items()}
         except ValueError:
-            raise bad("logit_bias: keys must be token ids", "logit_bias") from None
+            bias = {}
+        if [str(token) for token in bias] != list(spec.logit_bias):  # "07" would be 7 once more
+            raise bad("logit_bias: keys must be token ids", "logit_bias")
         self._check_ids("logit_bias", list(bias))
         return bias
 

@@ -22,14 +22,20 @@ class Pieces:
         self._tokenizer = tokenizer
         self._before = list(tokenizer("a", add_special_tokens=False).input_ids)
         self._known: dict[int, tuple[str, bytes]] = {}
+        added = tokenizer.added_tokens_decoder.items()
+        self._control = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
 
     def text(self, token: int) -> str:
         """The text; half a character as OpenAI spells it, ``bytes:\\xf0\\x9f``."""
         return self._piece(token)[0]
 
     def data(self, token: int) -> bytes:
-        """The bytes; those of a completion's tokens together are its text."""
+        """The bytes; those of a completion's tokens, control tokens aside, are its text."""
         return self._piece(token)[1]
+
+    def shown(self, token: int) -> bytes:
+        """What a completion's text has of the token: nothing of a control token."""
+        return b"" if token in self._control else self.data(token)
 
     def _piece(self, token: int) -> tuple[str, bytes]:
         if token not in self._known:
