@@ -59,7 +59,6 @@ def load_texts(
     for number, value in enumerate(values, start=1):
         if not isinstance(value, str):
             raise ConfigurationError(f"{origin}, row {number}: column {column!r} must be text")
-        _check_unicode(value, f"{origin}, row {number}")
     texts = [text for text in values if text.strip()][:limit]
     if not texts:
         raise ConfigurationError(f"{name} holds no text: give at least one")
@@ -175,16 +174,6 @@ def _column(name: str, split: str, config: str | None, column: str) -> Sequence[
     if column not in found.column_names:
         raise ConfigurationError(_no_column(name, column, found.column_names))
     return list(found[column])
-
-
-def _check_unicode(text: str, where: str) -> None:
-    """Refuse half a surrogate pair, which JSON can hold and no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigurationError(
-            f"{where}: character {error.start} is a lone surrogate; check how the text was decoded"
-        ) from None
 
 
 def _no_column(origin: str, column: str, names: Sequence[str]) -> str:

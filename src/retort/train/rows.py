@@ -66,7 +66,9 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
         if "\\ud" in line.lower():  # half a surrogate pair, which no tokenizer takes
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ConfigurationError(f"{where}: a lone surrogate is no Unicode text") from None
+        raise ConfigurationError(
+            f"{where}: a lone surrogate is no Unicode text; check how the text was decoded"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
