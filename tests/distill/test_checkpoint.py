@@ -78,6 +78,17 @@ def test_what_a_killed_save_left_is_cleaned(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_in_python_saves_where_a_killed_save_left_files(tmp_path):
+    for name in "model.safetensors", "checkpoint-9/model.safetensors":
+        path = tmp_path / ".checkpoint.partial" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    made = trainer(tmp_path, method="sft", save_strategy="steps", save_steps=1, max_steps=1)
+    made.train()
+    assert checkpoint.newest(tmp_path).name == "checkpoint-1"
+    assert not (tmp_path / ".checkpoint.partial").exists()
+
+
 def test_publishing_over_a_broken_one_replaces_it(tmp_path):
     path = publish(tmp_path, 1, "old")
     (path / "weights").write_text("broken")

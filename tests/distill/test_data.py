@@ -330,6 +330,13 @@ def test_messages_of_unlike_parts_are_named(tmp_path):
         load_rows(path)
 
 
+def test_answers_behind_the_first_are_not_dropped_in_silence():
+    rows = [{"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}]
+    with pytest.raises(ConfigurationError, match="row 1: column 'completion' has 3 messages"):
+        texts(rows)
+    assert texts([{"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}])[0][1] == "A<eos>"
+
+
 def test_rows_in_python_may_have_their_columns_where_they_like():
     rows = [{"prompt": "a", "reference": ["b", "x"]}, {"prompt": "c", "completion": "d"}]
     assert texts(rows) == [("a", "b<eos>"), ("c", "d<eos>")]

@@ -292,6 +292,13 @@ def test_weights_alone_are_not_gone_on_from(parts, tmp_path):
         run(settings(parts, tmp_path, **values))
 
 
+def test_a_run_without_a_batch_leaves_no_student(parts, tmp_path):
+    values = {"per_device_train_batch_size": 64, "dataloader_drop_last": True}
+    with pytest.raises(ConfigurationError, match="no step was trained"):
+        run(settings(parts, tmp_path, method="sft", **values))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_resuming_may_be_said_and_forbidden(parts, tmp_path):
     values = {"method": "sft", "save_steps": 1, "max_steps": 1}
     folder = run(settings(parts, tmp_path, **values, resume_from_checkpoint="False"))

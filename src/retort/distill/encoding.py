@@ -178,6 +178,12 @@ def _encode_chat(
             "its answer, so that the completion cannot be told from the prompt"
         )
     ids = until_eos(whole[len(prompt_ids) :], encoding.eos_ids)
+    rest = whole[len(prompt_ids) + len(ids) :]
+    if len(completion) > 1 and encoding.tokenizer.decode(rest).strip():
+        raise ConfigurationError(
+            f"{where}: column 'completion' has {len(completion)} messages and ends within them; "
+            "give the last answer there, and what is before it in the prompt"
+        )
     ended = bool(ids) and ids[-1] in encoding.eos_ids
     return prompt_ids, ids if ended else [*ids, encoding.eos_ids[0]]
 

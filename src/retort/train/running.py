@@ -25,9 +25,12 @@ def train_to_end(trainer: Trainer, finish: Callable[[Path], None], quiet: bool =
         trainer.remove_callback(theirs)
     with checkpoint.alone(folder) if trainer.args.should_save else nullcontext():
         start = named_start(trainer.args) or checkpoint.newest(folder)
-        if trainer.args.should_save:
-            checkpoint.clean(folder)  # under the lock: it may be another run's that is being filled
         trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if not trainer.state.global_step:
+            raise ConfigurationError(
+                "no step was trained: the rows do not fill one batch; lower "
+                "per_device_train_batch_size, or leave dataloader_drop_last out"
+            )
         finish(folder)
         with writing(folder):
             trainer.save_state()

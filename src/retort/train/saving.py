@@ -48,6 +48,8 @@ class WholeCheckpointTrainer(Trainer):
         same folder.
         """
         with checkpoint.alone(self._folder) if self.args.should_save else nullcontext():
+            if self.args.should_save:
+                checkpoint.clean(self._folder)  # or it would be in the way of the next save
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train(
