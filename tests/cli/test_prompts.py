@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from retort.batch.rows import Reader
 from retort.bench.load import read_prompts as read_load
 from retort.cli.prompts import read_prompts
+from retort.cli.serve import _keys
+from retort.decode.params import SamplingParams
 from retort.errors import ConfigurationError
 
 
@@ -21,6 +24,23 @@ def test_json_lines_of_each_kind(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     assert read_prompts(file) == ["one", messages, "three", messages]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path, name):
+    file = tmp_path / name
+    line = "one" if name == "a.txt" else '{"prompt": "one"}'
+    file.write_text(line + "\n", encoding="utf-8-sig")
+    assert read_prompts(file) == ["one"]
+    with file.open("rb") as lines:
+        reader = Reader(SamplingParams(), text=name == "a.txt")
+        assert [item.parts[0].prompt for item in reader.items(lines)] == ["one"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
+    file = tmp_path / "keys.txt"
+    file.write_text("secret\n", encoding="utf-8-sig")
+    assert _keys(file) == ["secret"]
 
 
 @pytest.mark.parametrize("read", [read_prompts, read_load])

@@ -122,6 +122,25 @@ def test_own_criteria_end_a_row_and_its_processors_see_nothing_behind_it(model):
     assert ours == alone and alone.total() < NEW * len(prompts())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forced_eos_token_id": 2},
+        {"forced_bos_token_id": 3},
+        {"exponential_decay_length_penalty": (4, 1.5), "suppress_tokens": [60, 61]},
+    ],
+    ids=str,
+)
+def test_processors_keep_their_order_beside_allowed_tokens(model, options):
+    """A forced token counts though no allowed one is left: it is forced behind that."""
+
+    def allowed(_, ids):
+        return [(7 * int(ids[-1]) + 11 * i) % 90 + 4 for i in range(20)]
+
+    run = _equal_rows(model, prefix_allowed_tokens_fn=allowed, **options)
+    assert run.stats.generated_tokens > NEW
+
+
 def test_allowed_tokens_by_row(model):
     texts = prompts()
 

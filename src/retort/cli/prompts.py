@@ -30,7 +30,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:

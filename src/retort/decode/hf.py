@@ -4,8 +4,9 @@
 
 ``generate`` hands over left-padded ids and a fresh cache: padding is stripped from each row, the
 cache is not used. The generation configuration, logits processors and stopping criteria mean what
-they mean for each row alone. What this path does not do (beams, guidance, a filled cache) is
-refused by name. Rows end at the model's context, with a warning, where ``generate`` would go on.
+they mean for each row alone; the caller's own see one row at a time, so that what they remember
+from call to call is of several rows. What this path does not do (beams, guidance, a filled cache)
+is refused by name. Rows end at the model's context, with a warning, where ``generate`` would go on.
 """
 
 from __future__ import annotations

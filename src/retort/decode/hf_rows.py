@@ -66,8 +66,8 @@ class Processors:
     ) -> None:
         self._model, self._config = model, config
         self._length, self._device = input_ids.shape[1], input_ids.device
-        own = self._get(config, input_ids[:: config.num_return_sequences], attention_mask, [])
-        self._extra = [p for p in prepared if not any(_same(p, q) for q in own)]
+        own = self._get(config, input_ids[:: config.num_return_sequences], attention_mask)
+        self._prepared = [(p, any(_same(p, q) for q in own)) for p in prepared]
 
     def row(self, index: int, ids: Sequence[int], keep: bool) -> RowProcessors:
         """Processors of the row ``index`` with the unpadded prompt ``ids``."""
@@ -75,18 +75,22 @@ class Processors:
         padding = self._length - len(ids)
         config.max_length = config.max_length - padding
         config.min_length = max((config.min_length or 0) - padding, 0)
-        prompt = torch.tensor([ids], device=self._device)
-        extra = [_for_row(p, index) for p in self._extra]
-        own = self._get(config, prompt, None, [])
+        own = self._get(config, torch.tensor([ids], device=self._device), None)
         stateless = _list([p for p in own if "Watermark" not in type(p).__name__])
-        return RowProcessors(self._get(config, prompt, None, extra), stateless, keep)
+        return RowProcessors(_list(self._in_order(own, index)), stateless, keep)
 
-    def _get(self, config: Any, ids: Tensor, mask: Tensor | None, extra: list) -> Any:
+    def _in_order(self, own: Any, index: int) -> list[Any]:
+        """The prepared list, in whose order it counts, with the row's ``own`` in their places."""
+        kinds = {type(p): p for p in own}
+        row = [kinds.get(type(p)) if known else _for_row(p, index) for p, known in self._prepared]
+        return [p for p in row if p is not None]
+
+    def _get(self, config: Any, ids: Tensor, mask: Tensor | None) -> Any:
         return self._model._get_logits_processor(
             config,
             input_ids_seq_length=ids.shape[1],
             encoder_input_ids=ids,
-            logits_processor=_list(extra),
+            logits_processor=_list([]),
             device=ids.device,
             model_kwargs={"attention_mask": mask},
         )
