@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -148,3 +149,25 @@ def test_an_engine_dropped_with_its_model_unpacks_nothing(monkeypatch):
     gc.collect()
     assert alive() is None
     assert len(_packings) == kept
+
+
+def test_engines_in_two_threads_take_turns_on_one_model():
+    """The second begins a sampled pass inside a greedy one, whose head gives ids for logits."""
+    model, text = toy(dtype=torch.float32, eos_token_id=None), prompts((5,))
+    sampled = {"max_new_tokens": 6, "do_sample": True, "seed": 3}
+    with Engine(model) as engine, Engine(model) as other:
+        greedy = engine.generate(text, max_new_tokens=6)[0].token_ids
+        drawn = other.generate(text, **sampled)[0].token_ids
+        found = []
+        thread = threading.Thread(target=lambda: found.extend(other.generate(text, **sampled)))
+
+        def start(*_):
+            if not thread.ident:
+                thread.start()
+                thread.join(0.5)  # without turns it is through by then
+
+        hook = model.get_input_embeddings().register_forward_hook(start)
+        again = engine.generate(text, max_new_tokens=6)[0].token_ids
+        hook.remove()
+        thread.join()
+    assert (again, found[0].token_ids) == (greedy, drawn)

@@ -20,6 +20,7 @@ from retort.cache.rows import RowCache
 from retort.decode.backend import Backend
 from retort.decode.head import GreedyHead
 from retort.decode.interface import attending
+from retort.decode.packing import pass_lock
 from retort.decode.support import check_supported
 from retort.errors import ConfigurationError
 
@@ -69,14 +70,15 @@ class PackedModel:
         if tape not in TAPES:
             raise ConfigurationError(f"tape={tape!r} must be one of {TAPES}")
         check_supported(model.config, type(model))
-        self.model = model
-        self.backend = Backend(model, cpu_backend, release_weights, weight_storage, prepack)
-        self.cache = self._new_cache(tape, max_draft)
-        if fuse_layers and isinstance(self.cache, NativeAttentionRowCache):
-            self.backend.fuse(model, attending)
+        self.model, self._lock = model, pass_lock(model)
         self.forward_passes = self.forward_tokens = 0
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._greedy_head = self._find_greedy_head()
+        with self._lock:
+            self.backend = Backend(model, cpu_backend, release_weights, weight_storage, prepack)
+            self.cache = self._new_cache(tape, max_draft)
+            if fuse_layers and isinstance(self.cache, NativeAttentionRowCache):
+                self.backend.fuse(model, attending)
+            self._greedy_head = self._find_greedy_head()
 
     def add_row(self) -> int:
         """Open an empty row and return its id."""
@@ -137,7 +139,8 @@ class PackedModel:
         """Let every row go and put the model's own modules back."""
         for row in self.cache.rows:
             self.cache.free_row(row)
-        self.backend.close()
+        with self._lock:
+            self.backend.close()
 
     def _new_cache(self, tape: str, max_draft: int) -> RowCache:
         if hasattr(self.model, "new_row_cache"):
@@ -156,7 +159,7 @@ class PackedModel:
         """Run a pass; when it fails, rows keep the lengths that they had."""
         head = self._greedy_head if greedy else None
         try:
-            with head.choosing() if head is not None else nullcontext():
+            with self._lock, head.choosing() if head is not None else nullcontext():
                 logits = self._run(ids, position_ids, index)
         except BaseException:
             self.cache.cancel()

@@ -21,6 +21,16 @@ from retort.ops.prepacked import prepack_linears
 # Weak keys only: a packing refers to a model's parts and never to the model.
 _packings: WeakKeyDictionary[nn.Module, Packing] = WeakKeyDictionary()
 _lock = threading.RLock()  # reentrant: a collection may end a lease at any allocation
+_passes: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def pass_lock(model: Any) -> Any:
+    """Held while a model's parts are changed, which every pass does for its own time.
+
+    Engines in several threads may share a model: their passes take turns.
+    """
+    with _lock:
+        return _passes.setdefault(model, threading.RLock())
 
 
 class Packing:
