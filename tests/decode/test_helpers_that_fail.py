@@ -133,6 +133,23 @@ def test_a_drafter_that_cannot_let_go_does_not_keep_the_engine(model, expected):
         assert engine.target.cache.rows == ()
 
 
+def test_who_writes_on_the_tokens_that_are_shown_changes_no_row(model, expected):
+    class Scribbles(Given):
+        def propose(self, contexts):
+            for context in contexts:
+                context.tokens.append(5)
+            return super().propose(contexts)
+
+    def criterion(tokens):
+        tokens.clear()
+        return False
+
+    with Engine(model, drafter=Scribbles(lambda n: [5] * n), draft_budget=K) as engine:
+        outputs = engine.generate(TEXTS, max_new_tokens=NEW, stopping_criteria=[criterion])
+        assert [o.token_ids for o in outputs] == expected
+        assert engine.stats.draft_tokens > 0
+
+
 @pytest.mark.parametrize("waiting", [False, True])
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_criterion_may_abort_any_request(model, expected, victim, waiting):

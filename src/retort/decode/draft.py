@@ -39,10 +39,9 @@ class DraftContext:
 
     @classmethod
     def of(cls, row: Request, limit: int, coupled: bool) -> DraftContext:
-        """What there is to tell about a request."""
-        return cls(
-            row.id, row.tokens, limit, len(row.prompt), row.params, row.eos, row_key(row), coupled
-        )
+        """What there is to tell about a request; the tokens are a copy, which may be written on."""
+        tokens, prompt = list(row.tokens), len(row.prompt)
+        return cls(row.id, tokens, limit, prompt, row.params, row.eos, row_key(row), coupled)
 
 
 @dataclass(frozen=True)

@@ -102,4 +102,4 @@ def _ends(request: Request, token: int) -> bool:
     stopped = request.text is not None and request.text.push(token)
     if token in request.eos and not request.params.ignore_eos:
         return True
-    return stopped or any(c(request.tokens) for c in request.params.stopping_criteria)
+    return stopped or any(c(list(request.tokens)) for c in request.params.stopping_criteria)
