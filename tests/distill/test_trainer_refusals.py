@@ -62,6 +62,17 @@ def test_a_prompt_beyond_either_models_context_is_refused(tmp_path, short):
         trainer(tmp_path, rows=rows, **models)
 
 
+def test_a_token_beyond_the_students_embeddings_is_refused(tmp_path):
+    """It may stand in the tokenizer: only rows that use it cannot be learned."""
+    own = tokenizer()
+    own.add_tokens(["<new>"])
+    given = {"model": llama(2), "teacher_model": llama(3, vocab_size=259)}
+    given |= {"args": config(tmp_path), "processing_class": own}
+    assert len(DistillTrainer(train_dataset=ROWS, **given).prepared.train) == len(ROWS)
+    with pytest.raises(ConfigurationError, match=r"row 9: the token '<new>' has the id 258"):
+        DistillTrainer(train_dataset=[*ROWS, {"prompt": "a", "completion": "<new>"}], **given)
+
+
 def test_sequences_stay_within_the_shorter_context(tmp_path):
     made = trainer(tmp_path, teacher=llama(3, max_position_embeddings=40))
     assert made.max_length == 40

@@ -90,6 +90,7 @@ def capture(
         max_length=max_length if context is None else min(max_length, context),
         as_chat=as_chat,
         skip_long_prompts=skip_long_prompts,
+        vocab_size=outline.config.get_text_config().vocab_size,
         origin=Path(dataset).name,
     )
     examples = tokenize(rows, encoding)

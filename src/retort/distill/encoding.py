@@ -28,6 +28,7 @@ class Encoding:
         skip_long_prompts: leave out rows whose prompt leaves no room.
         whole: rows of ``text`` are fine; without it something is to be written after a prompt.
         completion_only: the prompt is read and not learned.
+        vocab_size: ids that the models know, from 0; None where any is fine.
         origin: name of the data in errors.
     """
 
@@ -39,6 +40,7 @@ class Encoding:
     skip_long_prompts: bool = False
     whole: bool = True
     completion_only: bool = True
+    vocab_size: int | None = None
     origin: str = field(default="the dataset", compare=False)
 
 
@@ -48,9 +50,16 @@ def encoded(row: dict[str, Any], index: int, encoding: Encoding) -> dict[str, An
     Raises ConfigurationError, naming row and column, as `retort.distill.data.tokenize` says.
     """
     where = f"{encoding.origin}, row {index + 1}"
+    prompt_ids, completion_ids = _ids(row, encoding, where)
+    _check_known([*prompt_ids, *completion_ids], encoding, where)
+    return {"index": index, "prompt_ids": prompt_ids, "completion_ids": completion_ids}
+
+
+def _ids(row: dict[str, Any], encoding: Encoding, where: str) -> tuple[list[int], list[int]]:
+    """Prompt and completion; both empty for a row that is to be skipped."""
     if row.get("prompt") is None and not row.get("messages"):
         text = row.get("text") if encoding.whole else None
-        return {"index": index, **_encode_whole(text, encoding, where)}
+        return _encode_whole(text, encoding, where)
     prompt, completion, column = _parts(row, where, encoding)
     if isinstance(prompt, str):
         prompt_ids, completion_ids = _encode_text(prompt, completion, encoding)
@@ -60,7 +69,7 @@ def encoded(row: dict[str, Any], index: int, encoding: Encoding) -> dict[str, An
         raise ConfigurationError(f"{where}: column {column!r} is empty")
     room = encoding.max_length - len(prompt_ids)
     if room < 1 and encoding.skip_long_prompts:
-        return {"index": index, "prompt_ids": [], "completion_ids": []}
+        return [], []
     if not prompt_ids or room < 1:
         raise ConfigurationError(
             f"{where}: the prompt has {len(prompt_ids)} tokens and max_length (or the models' "
@@ -69,7 +78,19 @@ def encoded(row: dict[str, Any], index: int, encoding: Encoding) -> dict[str, An
     completion_ids = completion_ids[:room]
     if not encoding.completion_only:
         prompt_ids, completion_ids = prompt_ids[:1], [*prompt_ids[1:], *completion_ids]
-    return {"index": index, "prompt_ids": prompt_ids, "completion_ids": completion_ids}
+    return prompt_ids, completion_ids
+
+
+def _check_known(ids: Sequence[int], encoding: Encoding, where: str) -> None:
+    """Refuse what no model has an embedding for; such tokens may stand unused in a tokenizer."""
+    most = max(ids, default=0)
+    if encoding.vocab_size is not None and most >= encoding.vocab_size:
+        token = encoding.tokenizer.convert_ids_to_tokens(most)
+        raise ConfigurationError(
+            f"{where}: the token {token!r} has the id {most}, and a model knows only "
+            f"{encoding.vocab_size} ids: call its resize_token_embeddings(len(tokenizer)) first, or "
+            "leave the token out"
+        )
 
 
 def prompt_of(row: dict[str, Any], encoding: Encoding) -> str | list[dict[str, str]]:
@@ -102,7 +123,7 @@ def end_tokens(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
-def _encode_whole(text: Any, encoding: Encoding, where: str) -> dict[str, list[int]]:
+def _encode_whole(text: Any, encoding: Encoding, where: str) -> tuple[list[int], list[int]]:
     """The first token stands for the prompt; end tokens, inside too, are learned like any other."""
     _need(text, where, "prompt" if text is None else "text")
     ids = list(encoding.tokenizer(text)["input_ids"])
@@ -110,7 +131,7 @@ def _encode_whole(text: Any, encoding: Encoding, where: str) -> dict[str, list[i
         ids.append(encoding.eos_ids[0])
     if len(ids[: encoding.max_length]) < 2:
         raise ConfigurationError(f"{where}: max_length={encoding.max_length} leaves no token")
-    return {"prompt_ids": ids[:1], "completion_ids": ids[1 : encoding.max_length]}
+    return ids[:1], ids[1 : encoding.max_length]
 
 
 def _parts(row: dict[str, Any], where: str, encoding: Encoding) -> tuple[Any, Any, str]:

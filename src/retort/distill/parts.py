@@ -50,6 +50,11 @@ class Models:
         contexts = (max_length(model.config) for model in self.outlines if model is not None)
         return min([self.config.max_length, *(c for c in contexts if c is not None)])
 
+    def vocab_size(self) -> int:
+        """Ids that both know, from 0; heads and embeddings may be padded beyond."""
+        known = [m.config.get_text_config().vocab_size for m in self.outlines if m is not None]
+        return min(known)
+
     def check_tokenizers(self, tokenizer: Any) -> None:
         """Refuse models whose predictions are over another vocabulary than ``tokenizer``'s.
 

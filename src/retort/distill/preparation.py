@@ -31,6 +31,7 @@ class Preparation:
         prompts: what a teacher behind a URL is still to be asked; ``train`` is None until then.
         end_tokens: ids that end a text.
         max_length: most tokens of a sequence.
+        vocab_size: ids that both models know, from 0.
         capture: the teacher's captured signal, or None.
     """
 
@@ -38,6 +39,7 @@ class Preparation:
     tokenizer: Any
     end_tokens: tuple[int, ...]
     max_length: int
+    vocab_size: int | None = None
     train: Any = None
     evaluation: Any = None
     prompts: Any = None
@@ -89,6 +91,7 @@ class Preparation:
             skip_long_prompts=config.skip_long_prompts,
             whole=not config.predict_with_generate if evaluating else config.learns_whole_rows,
             completion_only=config.completion_only_loss,
+            vocab_size=self.vocab_size,
             origin=Path(origin).name,
         )
 
@@ -105,7 +108,7 @@ def prepare(
     models.check_tokenizers(tokenizer)
     models.check_drafter()
     ends = end_tokens(tokenizer, models.outlines[0])
-    made = Preparation(config, tokenizer, ends, models.longest_sequence())
+    made = Preparation(config, tokenizer, ends, models.longest_sequence(), models.vocab_size())
     made.add_rows(train, evaluation)
     live = models.outlines[1] is not None
     made.capture = checked_capture(config, tokenizer, made.train, made.evaluation, live)
