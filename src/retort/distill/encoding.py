@@ -88,8 +88,8 @@ def _check_known(ids: Sequence[int], encoding: Encoding, where: str) -> None:
         token = encoding.tokenizer.convert_ids_to_tokens(most)
         raise ConfigurationError(
             f"{where}: the token {token!r} has the id {most}, and a model knows only "
-            f"{encoding.vocab_size} ids: call its resize_token_embeddings(len(tokenizer)) first, or "
-            "leave the token out"
+            f"{encoding.vocab_size} ids: call its resize_token_embeddings(len(tokenizer)) "
+            "or leave the token out"
         )
 
 
