@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
 
 from retort.distill.presets import PRESETS
+from retort.train.leaving import leave_group
 from tests.distill.toys import FULL_BUFFER, ROWS, llama, trainer
 
 REPLAY = {"method": "kd", "lmbda": 0.6, "sft_weight": 0.5, "max_steps": 4}
@@ -106,7 +106,7 @@ def main(root):
             folder = root / str(accumulation) / name
             record(folder, *train(folder, 4 // accumulation, accumulation, **changes))
     resume(root)
-    PartialState().destroy_process_group()  # threads of a group left open may abort the exit
+    leave_group()
 
 
 if __name__ == "__main__":

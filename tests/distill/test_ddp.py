@@ -35,6 +35,11 @@ def shared(tmp_path_factory):
     return folder
 
 
+def test_a_process_ends_behind_its_exit_handlers_and_before_its_interpreter(tmp_path):
+    assert launch("tests.distill.leaving_worker", tmp_path).stdout.count("complete") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ended-0", "ended-1"]
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """Every case in this process, on demand."""

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from retort.train.leaving import leave_group
+
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigFile = Annotated[str | None, typer.Option(help="YAML file with defaults; flags win over it.")]
 HelpAll = Annotated[
@@ -34,12 +36,5 @@ def train(
     settings: Any = parse_flags(kind, [*file, *context.args], context.command_path)
     with redirect_stdout(sys.stderr):  # what transformers prints is no part of the answer
         folder = run(settings, [TrainingProgress()])
-    _leave_group()
     print(folder)
-
-
-def _leave_group() -> None:
-    """Part from the other processes in order: threads of a group left open may abort the exit."""
-    from accelerate import PartialState
-
-    PartialState().destroy_process_group()
+    leave_group()
