@@ -1,11 +1,14 @@
 """One table out of the finished cells.
 
     python experiments/mgsr/table.py experiments/mgsr/results > experiments/mgsr/results/TABLE.md
+    python experiments/mgsr/table.py experiments/mgsr/results/other-rate experiments/mgsr/results
+    python experiments/mgsr/table.py results/half-tokens results/other-rate sft
 
 Mean ± standard deviation over seeds of the five-set average, each set's mean, and the paired
 bootstrap of every method's scores against mgsr's on the same prompts and seeds; the names are links
-to the cells' records. Below stand what each part of mgsr adds to those before it, and the joint
-claim, where they were measured.
+to the cells' records. Another folder's records, or another label's, are the reference where they
+are named. Below stand what each part of mgsr adds to those before it, and the joint claim, where
+they were measured.
 """
 
 from __future__ import annotations
@@ -27,11 +30,15 @@ REFERENCE = "mgsr"
 PARTS = ("ablation none", "ablation scrg", "ablation scrg+dac", REFERENCE)
 
 
-def markdown(results: Path) -> str:
-    """The tables of all cells in ``results`` that were tested, and of the joint claim."""
+def markdown(results: Path, against: Path | None = None, reference: str = REFERENCE) -> str:
+    """The tables of all cells in ``results`` that were tested, and of the joint claim.
+
+    Differences are to the records of ``reference`` in the folder ``against`` (default: the same).
+    """
     groups = load(results)
-    head = ["run", "seeds", "rate", "average", *SETS, f"difference to {REFERENCE} [95 %]"]
-    text = _table(head, [row(label, groups) for label in groups])
+    theirs = groups if against is None else load(against)
+    head = ["run", "seeds", "rate", "average", *SETS, f"difference to {reference} [95 %]"]
+    text = _table(head, [row(label, groups[label], theirs.get(reference, [])) for label in groups])
     if all(label in groups for label in PARTS):
         text += "\n" + parts_table(groups)
     for path in sorted(results.glob("joint-*.json")):
@@ -95,9 +102,8 @@ def label_of(record: dict[str, Any]) -> str:
     return label if stage in ("main", "other") else f"{stage} {label}"
 
 
-def row(label: str, groups: Records) -> list[str]:
+def row(label: str, records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> list[str]:
     """Cells of one line of the table."""
-    records = groups[label]
     averages = [r["tests"]["average"] for r in records]
     spread = f" ± {stdev(averages):.2f}" if len(averages) > 1 else ""
     sets = [mean(r["tests"]["sets"][name]["mean"] for r in records) for name in SETS]
@@ -108,7 +114,7 @@ def row(label: str, groups: Records) -> list[str]:
         ", ".join(rates),
         f"{mean(averages):.2f}{spread}",
         *(f"{value:.2f}" for value in sets),
-        difference(records, groups.get(REFERENCE, [])),
+        difference(records, reference),
     ]
 
 
@@ -143,4 +149,4 @@ def scores(record: dict[str, Any]) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(markdown(Path(sys.argv[1])), end="")
+    print(markdown(*map(Path, sys.argv[1:3]), *sys.argv[3:4]), end="")

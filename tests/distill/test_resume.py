@@ -6,23 +6,19 @@ All runs use real processes: `kill -9` reaches no Python code of ours.
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from retort.distill.run import run
 from retort.distill.sequences.schedule import AdaptiveShare
-from retort.errors import ConfigurationError
 from retort.train import checkpoint
 from retort.train.arguments import resolved
-from tests.distill.toys import ROWS, config, llama, record_accepted, record_texts, tokenizer
+from tests.distill.runs import assert_equal_runs, log, settings
 
 COMMAND = [sys.executable, "-c", "from retort.cli import main; main()", "distill", "--config"]
 
@@ -46,61 +42,9 @@ main()
 IN_SAVES = {"save_state": (6, 3), "publish": (6, 3), "_sync": (3, 0)}
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """A saved teacher, a larger student-to-be and data."""
-    folder = tmp_path_factory.mktemp("parts")
-    for name, seed in (("teacher", 1), ("student", 2)):
-        llama(seed, layers=3).save_pretrained(folder / name)
-        tokenizer().save_pretrained(folder / name)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return folder
-
-
-def settings(parts, folder, **changes):
-    student = {"model_name_or_path": str(parts / "student"), "student_num_hidden_layers": 2}
-    values = {
-        "teacher_model_name_or_path": str(parts / "teacher"),
-        "dataset_name": str(parts / "rows.jsonl"),
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "max_steps": 10,
-        "disable_dropout": False,
-    }
-    if changes.get("student_type") is None:
-        values |= student
-    return config(folder, **{**values, **changes})
-
-
 def write_command(made, path):
     path.write_text(yaml.safe_dump(resolved(made)))
     return str(path)
-
-
-def final(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_equal_runs(left, right):
-    ours, theirs = final(left), final(right)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-    a, b = (checkpoint.load_state(checkpoint.newest(folder)) for folder in (left, right))
-    times = {key for key in a[0]["meter"] if key.startswith("time/")}
-    for key in a[0].keys() - {"meter"}:
-        assert a[0][key] == b[0][key], key
-    for key in a[0]["meter"].keys() - times:
-        assert a[0]["meter"][key] == b[0]["meter"][key], key
-    for name, value in a[1].items():
-        assert torch.equal(value, b[1][name]), name
-
-
-def log(folder):
-    """Every logged number but times."""
-    lines = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
-    skipped = ("time/", "train_", "eval_runtime", "eval_samples", "eval_steps")
-    return [{k: v for k, v in line.items() if not k.startswith(skipped)} for line in lines]
 
 
 MIXES = {
@@ -261,65 +205,6 @@ def wait_for(done, process, seconds=280):
         time.sleep(0.02)
 
 
-def test_a_finished_run_is_left_as_it_is(parts, tmp_path):
-    folder = run(settings(parts, tmp_path, method="sft", max_steps=3))
-    before, lines = final(folder), log(folder)
-    run(settings(parts, tmp_path, method="sft", max_steps=3))
-    for name, value in final(folder).items():
-        assert torch.equal(value, before[name])
-    assert [line for line in log(folder) if "loss" in line] == [x for x in lines if "loss" in x]
-
-
-def test_a_finished_run_keeps_its_best_weights(parts, tmp_path):
-    """The worst acceptance is the "best" here, so that it is not the last checkpoint's."""
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_acceptance"}
-    best |= {"greater_is_better": False, "dataset_test_split": "train"}
-    best |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3}
-    folder = run(settings(parts, tmp_path, method="kd", **best))
-    before = final(folder)
-    assert any((final(folder / "checkpoint-3")[n] != v).any() for n, v in before.items())
-    run(settings(parts, tmp_path, method="kd", **best))
-    for name, value in final(folder).items():
-        assert torch.equal(value, before[name])
-
-
-def test_weights_alone_are_not_gone_on_from(parts, tmp_path):
-    values = {"method": "sft", "save_steps": 2, "max_steps": 4, "save_only_model": True}
-    folder = run(settings(parts, tmp_path, **values))
-    run(settings(parts, tmp_path, **values))  # it is finished
-    shutil.rmtree(folder / "checkpoint-4")
-    with pytest.raises(ConfigurationError, match="checkpoint-2 holds no optimiser"):
-        run(settings(parts, tmp_path, **values))
-
-
-def test_a_run_without_a_batch_leaves_no_student(parts, tmp_path):
-    values = {"per_device_train_batch_size": 64, "dataloader_drop_last": True}
-    with pytest.raises(ConfigurationError, match="no step was trained"):
-        run(settings(parts, tmp_path, method="sft", **values))
-    assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_resuming_may_be_said_and_forbidden(parts, tmp_path):
-    values = {"method": "sft", "save_steps": 1, "max_steps": 1}
-    folder = run(settings(parts, tmp_path, **values, resume_from_checkpoint="False"))
-    assert run(settings(parts, tmp_path, **values, resume_from_checkpoint="true")) == folder
-    with pytest.raises(ConfigurationError, match=r"checkpoint-1 is there.*another output_dir"):
-        run(settings(parts, tmp_path, **values, resume_from_checkpoint="False"))
-
-
-@pytest.mark.parametrize("damage", [b'{"x": 1}\n', b"\xff\xfe\n", b"\0\0\n[3]\n"])
-def test_a_damaged_log_does_not_end_a_run(parts, tmp_path, damage):
-    values = {"method": "sft", "save_steps": 2, "max_steps": 4}
-    folder = run(settings(parts, tmp_path, **values))
-    whole = log(folder)
-    shutil.rmtree(folder / "checkpoint-4")
-    path = folder / "training.jsonl"
-    path.write_bytes(path.read_bytes() + damage)
-    run(settings(parts, tmp_path, **values))
-    steps = [[x["loss"] for x in lines if "loss" in x] for lines in (whole, log(folder))]
-    assert steps[0] == steps[1] and len(steps[0]) == 4
-
-
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(parts, tmp_path):
     whole = run(settings(parts, tmp_path / "whole"))
     again = run(settings(parts, tmp_path / "again"))
@@ -329,76 +214,3 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(parts, tmp_pat
     weights.write_bytes(content)
     run(settings(parts, again))
     assert_equal_runs(whole, again)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dataset_name": None}, "dataset_name"),
-        ({"teacher_model_name_or_path": None}, "teacher_model_name_or_path"),
-        ({"model_name_or_path": None}, "no student"),
-        ({"dataset_name": "none.jsonl"}, "no file none.jsonl"),
-    ],
-)
-def test_what_is_missing_is_named_and_nothing_is_written(parts, tmp_path, changes, message):
-    folder = tmp_path / "run"
-    with pytest.raises(ConfigurationError, match=message):
-        run(settings(parts, folder, **changes))
-    assert not folder.exists()
-
-
-def test_tokenizers_that_differ_are_refused(parts, tmp_path):
-    from tests.distill.tokenizers import byte_level
-
-    llama(2).save_pretrained(tmp_path / "other")
-    byte_level().save_pretrained(tmp_path / "other")
-    made = settings(parts, tmp_path / "run", model_name_or_path=str(tmp_path / "other"))
-    with pytest.raises(ConfigurationError, match="tokenizers differ at id"):
-        run(made)
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from retort.train import checkpoint
-with checkpoint.alone(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(parts, tmp_path):
-    folder, made = tmp_path / "run", settings(parts, tmp_path / "run", max_steps=1)
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE)
-    try:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(ConfigurationError, match="another run is writing to") as caught:
-            run(made)
-        assert "\n" not in str(caught.value)
-        assert [path.name for path in folder.iterdir()] == [checkpoint.LOCK]
-    finally:
-        other.kill()
-        other.communicate()
-    assert (run(made) / "model.safetensors").is_file()
-
-
-def test_a_drafter_with_another_vocabulary_is_refused_before_the_first_step(parts, tmp_path):
-    llama(3, vocab_size=264).save_pretrained(tmp_path / "other")
-    made = settings(parts, tmp_path / "run", rollout_drafter=str(tmp_path / "other"))
-    with pytest.raises(ConfigurationError, match="vocabulary of 264") as caught:
-        run(made)
-    assert "\n" not in str(caught.value) and not (tmp_path / "run" / "training.jsonl").exists()
-
-
-def test_an_earlier_checkpoint_of_the_student_drafts_and_changes_no_text(
-    parts, tmp_path, monkeypatch
-):
-    """Every token of every step, and so every weight, to the bit."""
-    texts, accepted = record_texts(monkeypatch), record_accepted(monkeypatch)
-    plain = run(settings(parts, tmp_path / "plain", method="rkl", rollout_drafter="none"))
-    assert len(texts) == 10 and all(map(len, texts)) and not accepted
-    earlier = str(plain / "checkpoint-3")
-    drafted = run(settings(parts, tmp_path / "drafted", method="rkl", rollout_drafter=earlier))
-    assert texts[10:] == texts[:10] and sum(accepted) > 0
-    for name, value in final(plain).items():
-        assert torch.equal(value, final(drafted)[name]), name

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from retort.distill.presets import PRESETS
+from retort.distill.run import run
 from retort.distill.sequences.replay import ReplayBuffer
 from retort.distill.sequences.sources import Sources
+from tests.distill.runs import final, settings
 from tests.distill.toys import first_batch, logged, record_accepted, record_texts, trainer, weights
 
 
@@ -73,3 +75,17 @@ def recipe(method, **changes):
     from dataclasses import replace
 
     return replace(PRESETS[method], **changes)
+
+
+def test_an_earlier_checkpoint_of_the_student_drafts_and_changes_no_text(
+    parts, tmp_path, monkeypatch
+):
+    """Every token of every step, and so every weight, to the bit."""
+    texts, accepted = record_texts(monkeypatch), record_accepted(monkeypatch)
+    plain = run(settings(parts, tmp_path / "plain", method="rkl", rollout_drafter="none"))
+    assert len(texts) == 10 and all(map(len, texts)) and not accepted
+    earlier = str(plain / "checkpoint-3")
+    drafted = run(settings(parts, tmp_path / "drafted", method="rkl", rollout_drafter=earlier))
+    assert texts[10:] == texts[:10] and sum(accepted) > 0
+    for name, value in final(plain).items():
+        assert torch.equal(value, final(drafted)[name]), name
